@@ -1,0 +1,3 @@
+"""Tidings: a self-hosted event mesh for real-time notifications."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""The only code that knows a database: the port, and one adapter a database."""

@@ -1,0 +1,1 @@
+"""The only code that knows NATS: the connection, the topology, consumers, the bundled server."""

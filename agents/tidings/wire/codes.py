@@ -1,0 +1,83 @@
+"""The catalogue of codes: what a client is told when something goes wrong, and what it does then.
+
+``schemas/codes.json`` is this table for everybody who does not write Python; a test holds the two together.
+Close codes below 4000 are RFC 6455's own, the others are ours.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, NamedTuple
+
+__all__ = ["CLOSES", "ERRORS", "Close", "ErrorCode", "catalogue", "reconnects"]
+
+
+class Close(NamedTuple):
+    """A WebSocket close: its code, name, meaning, and whether the client should come back."""
+
+    code: int
+    name: str
+    meaning: str
+    reconnect: bool
+
+
+class ErrorCode(NamedTuple):
+    """A code of an ``error`` frame: its meaning, and whether the same request may succeed later."""
+
+    code: str
+    meaning: str
+    retry: bool
+
+
+NORMAL: Final = Close(1000, "normal", "the client said goodbye", False)
+RESTART: Final = Close(1012, "restart", "the gateway restarts; come back after the time in `bye`", True)
+BAD_FRAME: Final = Close(4400, "bad_frame", "a frame broke the protocol; the client needs mending", False)
+NOT_AUTHENTICATED: Final = Close(4401, "not_authenticated", "the token is missing, expired or not ours", False)
+NOT_ALLOWED: Final = Close(4403, "not_allowed", "the token does not allow this user or device", False)
+NO_HELLO: Final = Close(4408, "no_hello", "no hello came in time", True)
+REPLACED: Final = Close(4409, "replaced", "a newer session of the same device took over", False)
+TOO_SLOW: Final = Close(4410, "too_slow", "the client did not read what it was sent", True)
+FRAME_TOO_LARGE: Final = Close(4413, "frame_too_large", "a client frame was over the limit", False)
+TOO_MANY_REQUESTS: Final = Close(4429, "too_many_requests", "the client asked for more than it may", True)
+OVERLOADED: Final = Close(4503, "overloaded", "this gateway cannot take the session now", True)
+
+CLOSES: Final = (
+    NORMAL,
+    RESTART,
+    BAD_FRAME,
+    NOT_AUTHENTICATED,
+    NOT_ALLOWED,
+    NO_HELLO,
+    REPLACED,
+    TOO_SLOW,
+    FRAME_TOO_LARGE,
+    TOO_MANY_REQUESTS,
+    OVERLOADED,
+)
+
+ERRORS: Final = (
+    ErrorCode("bad_frame", "the frame is not what the protocol expects here", False),
+    ErrorCode("unknown_type", "no frame of this type exists", False),
+    ErrorCode("bad_position", "a position was not handed out by this mesh", False),
+    ErrorCode("too_many_requests", "too many requests are under way on this connection", True),
+    ErrorCode("store_unavailable", "the inbox does not answer now; deliveries go on", True),
+    ErrorCode("not_supported", "this gateway does not offer it", False),
+)
+
+_BY_CODE: Final = {close.code: close for close in CLOSES}
+
+
+def reconnects(code: int | None) -> bool:
+    """Whether a client that saw this close code should connect again.
+
+    A code that is not in the catalogue (1001, 1006, 1011 …) is the network's or a proxy's: come back.
+    """
+    known = _BY_CODE.get(code) if code is not None else None
+    return known.reconnect if known else True
+
+
+def catalogue() -> dict[str, Any]:
+    """The content of ``schemas/codes.json``."""
+    return {
+        "close": [close._asdict() for close in CLOSES],
+        "error": [error._asdict() for error in ERRORS],
+    }

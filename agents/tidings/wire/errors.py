@@ -1,0 +1,107 @@
+"""The whole error tree of Tidings, each class with a stable code.
+
+A code never changes its meaning; messages may. An error is raised where its
+cause is known and answered in one place: the gateway turns it into an ``error``
+frame, the command line into a sentence and an exit status.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BadFrame",
+    "BadPosition",
+    "BadSettings",
+    "BadSubject",
+    "InvalidNotification",
+    "NotAuthenticated",
+    "PublishRefused",
+    "PublishUnconfirmed",
+    "StartFailed",
+    "StoreUnavailable",
+    "StreamUnavailable",
+    "TidingsError",
+    "TopologyMismatch",
+]
+
+
+class TidingsError(Exception):
+    """Base of every error that Tidings raises on purpose."""
+
+    code = "internal"
+
+
+class BadSettings(TidingsError):
+    """A setting is missing or out of its range; the message names it and its range."""
+
+    code = "bad_settings"
+
+
+class BadSubject(TidingsError):
+    """A user id, device id or topic that cannot become a subject token."""
+
+    code = "bad_subject"
+
+
+class BadPosition(TidingsError):
+    """A position that this mesh never handed out."""
+
+    code = "bad_position"
+
+
+class BadFrame(TidingsError):
+    """A client frame that the protocol does not know, or knows differently."""
+
+    code = "bad_frame"
+
+    def __init__(self, message: str, *, code: str = "bad_frame", ref: int | str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.ref = ref
+
+
+class InvalidNotification(TidingsError):
+    """A body that is no CloudEvents 1.0 event as Tidings carries it."""
+
+    code = "invalid_notification"
+
+
+class NotAuthenticated(TidingsError):
+    """A token that is missing, expired, forged, or for somebody else."""
+
+    code = "not_authenticated"
+
+
+class StreamUnavailable(TidingsError):
+    """NATS or JetStream did not answer; what was asked may be asked again."""
+
+    code = "stream_unavailable"
+
+
+class TopologyMismatch(TidingsError):
+    """The streams or the subject mapping on the server are not those of this mesh."""
+
+    code = "topology_mismatch"
+
+
+class StoreUnavailable(TidingsError):
+    """The inbox store did not answer; what was asked may be asked again."""
+
+    code = "store_unavailable"
+
+
+class PublishRefused(TidingsError):
+    """The mesh refuses this notification for good: publishing it again changes nothing."""
+
+    code = "publish_refused"
+
+
+class PublishUnconfirmed(TidingsError):
+    """No confirmation in time: it may be stored or not. Publish again with the same id."""
+
+    code = "publish_unconfirmed"
+
+
+class StartFailed(TidingsError):
+    """An agent or the development mesh cannot start; the message says what to do."""
+
+    code = "start_failed"

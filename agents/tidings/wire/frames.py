@@ -1,0 +1,276 @@
+"""Frames of the WebSocket protocol ``tidings.v1.json``: bytes in, values out, and back.
+
+Client frames are read strictly where a mistake could lose something (types, positions) and leniently
+where it could not: unknown members are ignored, so that an older gateway serves a newer client.
+A notification's body goes into its frame as the bytes that the publisher sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Final, Literal, NamedTuple
+
+import orjson
+
+from .errors import BadFrame, BadPosition
+from .position import Position
+
+__all__ = [
+    "FILTERS",
+    "MARKS",
+    "MAX_PAGE",
+    "MAX_POSITIONS",
+    "SUBPROTOCOL",
+    "Ack",
+    "ClientFrame",
+    "Count",
+    "Filter",
+    "Hello",
+    "InboxQuery",
+    "Mark",
+    "MarkAs",
+    "Ping",
+    "bye",
+    "count",
+    "decode",
+    "error",
+    "gap",
+    "notification_item",
+    "notifications",
+    "ok",
+    "page",
+    "pong",
+    "state",
+    "welcome",
+]
+
+SUBPROTOCOL: Final = "tidings.v1.json"
+MAX_POSITIONS: Final = 1000
+"""Most positions that one ``ack`` or ``mark`` may list."""
+MAX_PAGE: Final = 200
+"""Most rows of one inbox page."""
+
+Filter = Literal["all", "unread", "archived"]
+MarkAs = Literal["seen", "read", "unread", "archived"]
+FILTERS: Final[tuple[Filter, ...]] = ("all", "unread", "archived")
+MARKS: Final[tuple[MarkAs, ...]] = ("seen", "read", "unread", "archived")
+
+Ref = int | str | None
+
+
+class Hello(NamedTuple):
+    """The first frame: who the client is and up to where it has everything."""
+
+    token: str | None
+    device: str | None
+    window: int | None
+    since: str | None
+    """Kept as text: one from another mesh is no reason to refuse a device, only no help."""
+
+
+class Ack(NamedTuple):
+    """These positions have arrived, or all up to one."""
+
+    positions: Sequence[str]
+    upto: Position | None
+
+
+class InboxQuery(NamedTuple):
+    ref: Ref
+    before: Position | None
+    limit: int
+    filter: Filter
+
+
+class Mark(NamedTuple):
+    ref: Ref
+    as_: MarkAs
+    positions: Sequence[Position] | None
+    """None means every notification that the user has now."""
+
+
+class Count(NamedTuple):
+    ref: Ref
+
+
+class Ping(NamedTuple):
+    ref: Ref
+
+
+ClientFrame = Hello | Ack | InboxQuery | Mark | Count | Ping
+
+
+def decode(text: str | bytes) -> ClientFrame:
+    """Read one client frame; raises `BadFrame` with a code, a reason and the frame's ``ref``."""
+    try:
+        frame = orjson.loads(text)
+    except orjson.JSONDecodeError as problem:
+        raise BadFrame(f"the frame is not JSON: {problem}") from None
+    if type(frame) is not dict:
+        raise BadFrame("a frame is a JSON object with a member `t`")
+    kind = frame.get("t")
+    ref = frame.get("ref")
+    if ref is not None and (type(ref) not in (int, str) or len(str(ref)) > 64):
+        raise BadFrame("`ref` must be an integer or a string of at most 64 characters")
+    reader = _READERS.get(kind) if type(kind) is str else None
+    if reader is None:
+        raise BadFrame(
+            f"no frame has the type {str(kind)[:40]!r}: use {', '.join(_READERS)}", code="unknown_type", ref=ref
+        )
+    try:
+        return reader(frame, ref)
+    except BadPosition as problem:
+        raise BadFrame(str(problem), code=problem.code, ref=ref) from None
+    except BadFrame as problem:
+        problem.ref = ref
+        raise
+
+
+def _text(frame: dict[str, Any], name: str, longest: int) -> str | None:
+    value = frame.get(name)
+    if value is None:
+        return None
+    if type(value) is not str or not 0 < len(value) <= longest:
+        raise BadFrame(f"`{name}` must be a string of 1 to {longest} characters")
+    return value
+
+
+def _integer(frame: dict[str, Any], name: str, least: int, most: int) -> int | None:
+    value = frame.get(name)
+    if value is None:
+        return None
+    if type(value) is not int or not least <= value <= most:
+        raise BadFrame(f"`{name}` must be an integer from {least} to {most}")
+    return value
+
+
+def _listed(frame: dict[str, Any]) -> list[str]:
+    value = frame.get("pos")
+    if type(value) is not list or len(value) > MAX_POSITIONS or any(type(item) is not str for item in value):
+        raise BadFrame(f"`pos` must be a list of at most {MAX_POSITIONS} positions")
+    return value
+
+
+def _hello(frame: dict[str, Any], ref: Ref) -> Hello:
+    return Hello(
+        _text(frame, "token", 8192),
+        _text(frame, "device", 200),
+        _integer(frame, "window", 1, 1000),
+        _text(frame, "since", 256),
+    )
+
+
+def _ack(frame: dict[str, Any], ref: Ref) -> Ack:
+    if "upto" in frame:
+        return Ack((), Position.parse(frame["upto"]))
+    return Ack(_listed(frame), None)
+
+
+def _inbox(frame: dict[str, Any], ref: Ref) -> InboxQuery:
+    before = frame.get("before")
+    chosen = frame.get("filter", "all")
+    if chosen not in FILTERS:
+        raise BadFrame(f"`filter` must be one of {', '.join(FILTERS)}")
+    return InboxQuery(
+        ref,
+        None if before is None else Position.parse(before),
+        _integer(frame, "limit", 1, MAX_PAGE) or 50,
+        chosen,
+    )
+
+
+def _mark(frame: dict[str, Any], ref: Ref) -> Mark:
+    state = frame.get("as")
+    if state not in MARKS:
+        raise BadFrame(f"`as` must be one of {', '.join(MARKS)}")
+    if frame.get("pos") == "all":
+        return Mark(ref, state, None)
+    return Mark(ref, state, [Position.parse(item) for item in _listed(frame)])
+
+
+_READERS: Final = {
+    "hello": _hello,
+    "ack": _ack,
+    "inbox": _inbox,
+    "mark": _mark,
+    "count": lambda frame, ref: Count(ref),
+    "ping": lambda frame, ref: Ping(ref),
+}
+
+
+def notification_item(position: str, attempt: int, body: bytes) -> bytes:
+    """One item of a notification frame; `body` is the publisher's JSON, unchanged."""
+    return b'{"pos":"%b","try":%d,"n":%b}' % (position.encode(), attempt, body)
+
+
+def notifications(items: Iterable[bytes]) -> bytes:
+    """A frame of items made by `notification_item`."""
+    return b'{"t":"n","items":[%b]}' % b",".join(items)
+
+
+def welcome(
+    *, session: str, user: str, device: str, pos: str | None, unread: int | None, window: int, heartbeat: float
+) -> bytes:
+    """`pos` and `unread` are None while the store does not answer."""
+    return orjson.dumps(
+        {
+            "t": "welcome",
+            "session": session,
+            "user": user,
+            "device": device,
+            "pos": pos,
+            "unread": unread,
+            "window": window,
+            "heartbeat": heartbeat,
+        }
+    )
+
+
+def ok(ref: Ref, **answer: Any) -> bytes:
+    return orjson.dumps({"t": "ok", "ref": ref, **answer})
+
+
+def error(code: str, message: str, ref: Ref = None) -> bytes:
+    return orjson.dumps({"t": "error", "ref": ref, "code": code, "message": message})
+
+
+def page(ref: Ref, items: Iterable[tuple[str, bool, bool, bool, bytes]], next_: str | None) -> bytes:
+    """The answer to ``inbox``: items as (position, seen, read, archived, body), newest first."""
+    rows = b",".join(
+        b'{"pos":"%b","seen":%b,"read":%b,"archived":%b,"n":%b}'
+        % (pos.encode(), _BOOL[seen], _BOOL[read], _BOOL[archived], body)
+        for pos, seen, read, archived, body in items
+    )
+    return b'{"t":"ok","ref":%b,"items":[%b],"next":%b}' % (orjson.dumps(ref), rows, orjson.dumps(next_))
+
+
+_BOOL: Final = {False: b"false", True: b"true"}
+
+
+def count(unread: int) -> bytes:
+    """The badge; 100 stands for more than 99."""
+    return b'{"t":"count","unread":%d}' % unread
+
+
+def state(positions: Sequence[str] | None, as_: MarkAs, upto: str | None = None) -> bytes:
+    """Another device marked these; None means all up to and including `upto`."""
+    if positions is None:
+        return orjson.dumps({"t": "state", "pos": "all", "upto": upto, "as": as_})
+    return orjson.dumps({"t": "state", "pos": positions, "as": as_})
+
+
+def gap(missed: int | None, position: str | None) -> bytes:
+    """More was missed than is pushed: page the inbox.
+
+    `missed` is None when the number is not known. An ``ack`` of `position` says that the client has taken
+    note; until then every connection announces the gap anew.
+    """
+    return orjson.dumps({"t": "gap", "missed": missed, "pos": position})
+
+
+def bye(after_ms: int, *, reconnect: bool = True) -> bytes:
+    return b'{"t":"bye","reconnect":%b,"after_ms":%d}' % (_BOOL[reconnect], after_ms)
+
+
+def pong(ref: Ref) -> bytes:
+    return orjson.dumps({"t": "pong", "ref": ref}) if ref is not None else b'{"t":"pong"}'

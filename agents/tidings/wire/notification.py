@@ -1,0 +1,127 @@
+"""The envelope: a CloudEvents 1.0 event in structured JSON mode, checked and never re-encoded.
+
+Attributes: ``id``, ``source``, ``type``, ``specversion`` (always ``1.0``) are required;
+``time``, ``subject``, ``datacontenttype``, ``dataschema`` and ``data`` are the standard's own; ``topic``,
+``collapsekey``, ``priority``, ``expires`` and ``traceparent`` are the extensions that Tidings understands;
+other extension attributes pass through. The body is UTF-8 JSON of at most 16 KiB.
+
+Source: CloudEvents 1.0.2, sections "Context Attributes" and "Type System".
+"""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime
+from typing import Any, Final, NamedTuple
+from uuid import uuid4
+
+import orjson
+
+from .errors import InvalidNotification
+
+__all__ = ["MAX_BODY_BYTES", "MAX_NAME", "PRIORITIES", "Envelope", "build", "check"]
+
+MAX_BODY_BYTES: Final = 16 * 1024
+MAX_NAME: Final = 256
+"""Longest ``id``, ``source`` and ``type``, in characters."""
+PRIORITIES: Final = ("low", "normal", "high", "urgent")
+
+_REQUIRED: Final = ("id", "source", "type")
+_OPTIONAL_TEXT: Final = ("subject", "datacontenttype", "dataschema", "topic", "collapsekey", "traceparent")
+_TIMES: Final = ("time", "expires")
+_KNOWN: Final = frozenset((*_REQUIRED, *_OPTIONAL_TEXT, *_TIMES, "specversion", "data", "priority"))
+_EXTENSION: Final = re.compile(r"[a-z0-9]{1,64}")
+
+
+class Envelope(NamedTuple):
+    """What the mesh reads of a notification; the body itself is passed on as it came."""
+
+    id: str
+    type: str
+    topic: str | None
+
+
+def check(body: bytes) -> Envelope:
+    """Read the envelope of `body`; raises `InvalidNotification` with what is wrong and where."""
+    if len(body) > MAX_BODY_BYTES:
+        raise InvalidNotification(f"the body has {len(body)} bytes: at most {MAX_BODY_BYTES} are allowed")
+    try:
+        event = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise InvalidNotification(f"the body is not UTF-8 JSON: {error}") from None
+    if type(event) is not dict:
+        raise InvalidNotification("the body is not a JSON object")
+    if event.get("specversion") != "1.0":
+        raise InvalidNotification('`specversion` must be "1.0": send a CloudEvents 1.0 event in structured JSON mode')
+    for name in _REQUIRED:
+        value = event.get(name)
+        if type(value) is not str or not 0 < len(value) <= MAX_NAME:
+            raise InvalidNotification(f"`{name}` must be a string of 1 to {MAX_NAME} characters")
+    for name, value in event.items():
+        # Most events hold nothing but the four required attributes, `time` and `data`.
+        if name not in _KNOWN:
+            _check_extension(name, value)
+        elif name not in _REQUIRED and name != "data":
+            _check_optional(name, value)
+    return Envelope(event["id"], event["type"], event.get("topic"))
+
+
+def _check_optional(name: str, value: Any) -> None:
+    if name in _TIMES:
+        try:
+            moment = datetime.fromisoformat(value) if type(value) is str else None
+        except ValueError:
+            moment = None
+        if moment is None or moment.tzinfo is None:
+            raise InvalidNotification(f"`{name}` must be an RFC 3339 time with its zone, such as 2026-01-31T12:00:00Z")
+    elif name == "priority":
+        if value not in PRIORITIES:
+            raise InvalidNotification(f"`priority` must be one of {', '.join(PRIORITIES)}")
+    elif name in _OPTIONAL_TEXT and (type(value) is not str or not value):
+        raise InvalidNotification(f"`{name}` must be a string that is not empty")
+
+
+def _check_extension(name: str, value: Any) -> None:
+    if name == "data_base64":
+        if type(value) is not str:
+            raise InvalidNotification("`data_base64` must be a string")
+    elif not _EXTENSION.fullmatch(name):
+        raise InvalidNotification(
+            f"{name[:80]!r} is no attribute name: CloudEvents allows a to z and 0 to 9; payload belongs under `data`"
+        )
+    elif value is not None and type(value) not in (str, int, bool):
+        raise InvalidNotification(
+            f"extension attribute `{name}` must be a string, integer or boolean; payload belongs under `data`"
+        )
+
+
+def build(
+    *,
+    type: str,
+    data: Any = None,
+    source: str = "tidings",
+    id: str | None = None,
+    time: datetime | None = None,
+    **attributes: Any,
+) -> tuple[str, bytes]:
+    """Make a notification's id and body; raises `InvalidNotification` before anything is sent.
+
+    `id` defaults to a fresh UUID, `time` to now in UTC. `attributes` are extension attributes; those
+    that are None are left out.
+    """
+    event: dict[str, Any] = {
+        "specversion": "1.0",
+        "id": str(uuid4()) if id is None else id,
+        "source": source,
+        "type": type,
+        "time": (time or datetime.now(UTC)).isoformat(),
+    }
+    event.update((name, value) for name, value in attributes.items() if value is not None)
+    if data is not None:
+        event["data"] = data
+    try:
+        body = orjson.dumps(event)
+    except orjson.JSONEncodeError as error:
+        raise InvalidNotification(f"`data` cannot be written as JSON: {error}") from None
+    check(body)
+    return event["id"], body

@@ -1,0 +1,139 @@
+"""Subjects: the only module that builds or reads one.
+
+User ids and device ids are the caller's own strings. One reversible escape turns
+them into subject tokens: every byte of the UTF-8 text outside ``A-Z a-z 0-9`` and
+``- _ ~ @ + = , : ! /`` becomes ``%XX`` (upper-case hexadecimal), the scheme of RFC 3986
+with a set of its own. Ordinary ids stay as they are, so that any NATS client can
+publish to ``notify.user.alice``; a token that is not the escape of its own
+meaning is not canonical and names nobody.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+from urllib.parse import quote_from_bytes, unquote_to_bytes
+
+from .errors import BadSubject
+
+__all__ = [
+    "DEAD_WILDCARD",
+    "INBOX_FLOOR",
+    "MAX_ID",
+    "NOTIFY_WILDCARD",
+    "dead",
+    "escape",
+    "gateway_claim",
+    "gateway_session",
+    "gateway_user",
+    "gateway_wildcard",
+    "notify_user",
+    "part_user",
+    "part_wildcard",
+    "partition",
+    "presence",
+    "unescape",
+    "user_of_part",
+]
+
+MAX_ID: Final = 200
+"""Longest user or device id, in characters; its escaped token stays below NATS's control line."""
+
+NOTIFY_WILDCARD: Final = "notify.user.*"
+DEAD_WILDCARD: Final = "dead.>"
+INBOX_FLOOR: Final = "inbox.floor"
+
+_SAFE: Final = "-_~@+=,:!/"
+_PLAIN: Final = re.compile(rf"[A-Za-z0-9{re.escape(_SAFE)}]{{1,{MAX_ID}}}")
+_CANONICAL_TOKEN: Final = re.compile(rf"(?:[A-Za-z0-9{re.escape(_SAFE)}]|%[0-9A-F]{{2}})+")
+
+
+def escape(text: str, what: str = "user id") -> str:
+    """The subject token of an id; raises `BadSubject` when it is empty, too long or not Unicode text."""
+    if _PLAIN.fullmatch(text):
+        return text
+    if not text:
+        raise BadSubject(f"{what} is empty: give 1 to {MAX_ID} characters")
+    if len(text) > MAX_ID:
+        raise BadSubject(f"{what} has {len(text)} characters: at most {MAX_ID} are allowed")
+    try:
+        raw = text.encode()
+    except UnicodeEncodeError:
+        raise BadSubject(f"{what} holds half of a surrogate pair: it is not Unicode text") from None
+    # quote_from_bytes never quotes "." and "~"; a dot would split the token.
+    return quote_from_bytes(raw, safe=_SAFE).replace(".", "%2E")
+
+
+def unescape(token: str, what: str = "user id") -> str:
+    """The id of a token; raises `BadSubject` when the token is not what `escape` makes of it."""
+    if "%" not in token and _PLAIN.fullmatch(token):
+        return token
+    if _CANONICAL_TOKEN.fullmatch(token):
+        try:
+            text = unquote_to_bytes(token).decode()
+        except UnicodeDecodeError:
+            text = ""
+        if text and len(text) <= MAX_ID and escape(text, what) == token:
+            return text
+    raise BadSubject(f"{token[:80]!r} is not the escaped form of a {what}: escape it as %XX of its UTF-8 bytes")
+
+
+def partition(token: str, partitions: int) -> int:
+    """The partition of a user's token: FNV-1a (32 bits) modulo P, as nats-server's ``partition()`` computes it."""
+    digest = 0x811C9DC5
+    for byte in token.encode():
+        digest = ((digest ^ byte) * 0x01000193) & 0xFFFFFFFF
+    return digest % partitions
+
+
+def notify_user(user: str) -> str:
+    """Where services publish for a user."""
+    return f"notify.user.{escape(user)}"
+
+
+def part_user(token: str, number: int | str) -> str:
+    """What the server maps `notify_user` to; `number` may be a mapping function."""
+    return f"part.{number}.user.{token}"
+
+
+def part_wildcard(number: int) -> str:
+    """All that one partition's stream stores."""
+    return f"part.{number}.user.*"
+
+
+def user_of_part(subject: str) -> str:
+    """The user of a stored message's subject; raises `BadSubject` for any other subject."""
+    head, _, tail = subject.partition(".user.")
+    if not head.startswith("part.") or not tail:
+        raise BadSubject(f"{subject[:80]!r} is not the subject of a personal notification")
+    return unescape(tail)
+
+
+def dead(plane: str) -> str:
+    """Where a dead letter of a plane goes."""
+    return f"dead.{plane}"
+
+
+def presence(token: str) -> str:
+    """Core NATS: a device of this user connected or disconnected."""
+    return f"presence.{token}"
+
+
+def gateway_wildcard(gateway: str) -> str:
+    """All that is sent to one gateway: pull replies, claims, frames for a user."""
+    return f"gw.{gateway}.>"
+
+
+def gateway_session(gateway: str, session: str) -> str:
+    """Reply subject of a session's pulls."""
+    return f"gw.{gateway}.{session}"
+
+
+def gateway_claim(gateway: str) -> str:
+    """Asks a gateway to give a device's session up."""
+    return f"gw.{gateway}.claim"
+
+
+def gateway_user(gateway: str) -> str:
+    """Frames for every session of a user on a gateway."""
+    return f"gw.{gateway}.user"
