@@ -7,7 +7,7 @@ A notification's body goes into its frame as the bytes that the publisher sent.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, Literal, NamedTuple
 
 import orjson
@@ -188,13 +188,21 @@ def _mark(frame: dict[str, Any], ref: Ref) -> Mark:
     return Mark(ref, state, [Position.parse(item) for item in _listed(frame)])
 
 
-_READERS: Final = {
+def _count(frame: dict[str, Any], ref: Ref) -> Count:
+    return Count(ref)
+
+
+def _ping(frame: dict[str, Any], ref: Ref) -> Ping:
+    return Ping(ref)
+
+
+_READERS: Final[dict[str, Callable[[dict[str, Any], Ref], ClientFrame]]] = {
     "hello": _hello,
     "ack": _ack,
     "inbox": _inbox,
     "mark": _mark,
-    "count": lambda frame, ref: Count(ref),
-    "ping": lambda frame, ref: Ping(ref),
+    "count": _count,
+    "ping": _ping,
 }
 
 

@@ -39,14 +39,17 @@ class Position(NamedTuple):
     def parse(cls, text: object) -> Position:
         """Read a position's text; raises `BadPosition` for anything a mesh never wrote."""
         if isinstance(text, str) and 3 < len(text) <= MAX_TEXT and text[0] == "u" and text.isascii():
-            head, dot, tail = text[1:].partition(".")
-            # int() is lenient (signs, underscores, blanks): only the canonical digits are a position.
-            if dot and tail.isdigit() and head.isalnum():
+            head, _, tail = text[1:].partition(".")
+            # int() is lenient (signs, underscores, blanks): what does not come back as it was is no position.
+            if tail.isdigit() and head.isalnum():
                 try:
                     found = cls(int(head, 16), int(tail))
                 except ValueError:
-                    found = None
-                if found and found.incarnation <= _MAX_INCARNATION and found.sequence <= _MAX_SEQUENCE:
-                    if str(found) == text:
-                        return found
+                    found = _NEVER
+                in_range = found.incarnation <= _MAX_INCARNATION and found.sequence <= _MAX_SEQUENCE
+                if in_range and str(found) == text:
+                    return found
         raise BadPosition("not a position of this mesh: echo the `pos` of a notification, unchanged")
+
+
+_NEVER: Final = Position(-1, -1)
