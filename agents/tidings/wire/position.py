@@ -20,7 +20,7 @@ __all__ = ["MAX_TEXT", "Position"]
 MAX_TEXT: Final = 40
 """Longest text of a position, in characters."""
 
-_MAX_INCARNATION: Final = 2**40 - 1
+_MAX_INCARNATION: Final = 2**48 - 1
 _MAX_SEQUENCE: Final = 2**63 - 1
 
 
@@ -28,7 +28,7 @@ class Position(NamedTuple):
     """A place in a user's order; compares as (incarnation, sequence)."""
 
     incarnation: int
-    """Of the stream: Unix seconds at its creation, made to grow with each recreation."""
+    """Of the stream: Unix milliseconds at its creation, made to grow with each recreation."""
     sequence: int
     """In the stream of the user's partition, from 1; 0 is before everything."""
 

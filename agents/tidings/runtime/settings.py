@@ -1,0 +1,164 @@
+"""Every setting of every agent: its default, unit, range and meaning, in one place.
+
+A value comes from, in this order: the command line, the environment (``TIDINGS_`` and the name in upper
+case), a TOML file (flat, the same names in lower case), the default. Units are in the names: ``_s`` seconds,
+``_ms`` milliseconds, ``_bytes`` bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Final
+
+from tidings.wire.errors import BadSettings
+
+__all__ = ["ENVIRONMENT_PREFIX", "Settings"]
+
+ENVIRONMENT_PREFIX: Final = "TIDINGS_"
+
+
+def _number(default: float, least: float, most: float, text: str) -> Any:
+    return field(default=default, metadata={"least": least, "most": most, "text": text})
+
+
+def _text(default: str, text: str, *, choices: tuple[str, ...] = ()) -> Any:
+    return field(default=default, metadata={"choices": choices, "text": text}, repr="secret" not in text)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """All settings, checked; raises `BadSettings` naming the setting, its value and its range."""
+
+    # The log
+    nats_url: str = _text("nats://127.0.0.1:4222", "servers of the NATS cluster, comma-separated")
+    nats_credentials: str = _text("", "path of a NATS credentials file; empty for none")
+    partitions: int = _number(64, 1, 1024, "partitions of the personal plane; fixed when the topology is created")
+    replicas: int = _number(3, 1, 5, "replicas of every stream")
+    stream_max_age_s: int = _number(21_600, 10, 2_592_000, "how long the log keeps a notification")
+    stream_max_bytes: int = _number(-1, -1, 2**50, "most bytes of one partition's stream; -1 for no limit")
+    stream_max_consumers: int = _number(100_000, 10, 1_000_000, "most consumers of one partition's stream")
+    dead_max_age_s: int = _number(2_592_000, 60, 31_536_000, "how long dead letters are kept")
+    duplicate_window_s: int = _number(120, 1, 3600, "how long JetStream remembers message ids")
+
+    # The store
+    store_url: str = _text("sqlite:///tidings.db", "where inbox and cursors live")
+    retention_days: int = _number(90, 1, 3650, "how long the inbox keeps a notification")
+
+    # The gateway
+    host: str = _text("127.0.0.1", "address to listen on")
+    port: int = _number(8080, 0, 65_535, "port to listen on; 0 for any")
+    token_key: str = _text("", "secret that signs device tokens (HS256), at least 32 characters")
+    max_sessions: int = _number(15_000, 1, 1_000_000, "most sessions of one gateway, lingering ones included")
+    hello_timeout_s: float = _number(10, 0.1, 300, "how long a connection may take to say hello")
+    window: int = _number(64, 1, 1000, "most unacknowledged notifications of a session that asks for no other number")
+    window_max: int = _number(256, 1, 1000, "largest window that a client gets")
+    ack_wait_s: float = _number(30, 0.5, 3600, "how long a client may take to acknowledge before it is sent again")
+    max_deliver: int = _number(10, 1, 1000, "attempts in front of a live client before a notification is a dead letter")
+    linger_s: float = _number(30, 0, 600, "how long a session outlives its socket")
+    heartbeat_s: float = _number(25, 0.5, 600, "a client silent for so long is pinged; after twice that, dropped")
+    frame_max_bytes: int = _number(65_536, 1024, 1_048_576, "largest frame of a client")
+    write_buffer_bytes: int = _number(262_144, 4096, 16_777_216, "most unsent bytes of one connection")
+    write_stall_s: float = _number(10, 0.1, 600, "how long a client may leave its buffer full before it is closed")
+    requests_per_session: int = _number(16, 1, 1000, "most inbox, mark and count requests under way on a connection")
+    pull_expires_s: float = _number(300, 1, 3600, "how long one pull request waits at the server")
+    consumer_idle_s: float = _number(300, 10, 86_400, "how long a killed gateway's consumers stay")
+    consumer_starts: int = _number(64, 1, 4096, "most consumers that a gateway makes at a time")
+    cursor_flush_s: float = _number(3, 0.1, 300, "how often changed cursors are written")
+    catchup_cap: int = _number(1000, 1, 100_000, "most missed notifications that are pushed from the inbox")
+    overlap_s: float = _number(
+        300, 0, 86_400, "how far back a device without a known cursor reads while the store is down"
+    )
+    claim_timeout_ms: int = _number(100, 1, 10_000, "how long another gateway may take to hand a device over")
+    probe_interval_s: float = _number(1, 0.1, 60, "how often a gateway asks each NATS node for one of its consumers")
+    drain_s: float = _number(4, 0, 300, "over how long a stopping gateway closes its sockets")
+
+    # The inbox agent
+    inbox_batch: int = _number(256, 1, 10_000, "most notifications of one write")
+    inbox_delay_ms: int = _number(20, 0, 10_000, "how long the first notification of a write waits for company")
+    inbox_ack_wait_s: float = _number(60, 1, 3600, "how long a write may take before another inbox agent tries")
+    floor_interval_s: float = _number(1, 0.05, 60, "how often the inbox floors are announced")
+
+    # All
+    log_level: str = _text("info", "how much is logged", choices=("debug", "info", "warning", "error"))
+    request_timeout_s: float = _number(5, 0.1, 60, "how long an answer of JetStream may take")
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            _check(item.name, getattr(self, item.name), item.metadata)
+        if self.window > self.window_max:
+            raise BadSettings(f"window is {self.window}: it may not be above window_max, which is {self.window_max}")
+        if self.token_key and len(self.token_key) < 32:
+            raise BadSettings("token_key is too short: give at least 32 characters, such as `openssl rand -hex 32`")
+
+    @classmethod
+    def load(
+        cls,
+        environment: Mapping[str, str] | None = None,
+        file: Path | None = None,
+        **given: Any,
+    ) -> Settings:
+        """Settings from keyword arguments (None counts as not given), the environment, a TOML file, the defaults."""
+        values = _from_file(file) if file else {}
+        values.update(_from_environment(os.environ if environment is None else environment))
+        values.update((name, value) for name, value in given.items() if value is not None)
+        return cls(**values)
+
+    @classmethod
+    def describe(cls) -> list[tuple[str, str, str]]:
+        """Environment variable, default and meaning of every setting, in order."""
+        return [
+            (ENVIRONMENT_PREFIX + item.name.upper(), str(item.default), item.metadata["text"]) for item in fields(cls)
+        ]
+
+
+_TYPES: Final[dict[str, type]] = {
+    item.name: float if item.type == "float" else int if item.type == "int" else str for item in fields(Settings)
+}
+
+
+def _check(name: str, value: Any, rule: Mapping[str, Any]) -> None:
+    wanted = _TYPES[name]
+    if wanted is str:
+        if not isinstance(value, str):
+            raise BadSettings(f"{name} is {value!r}: it must be text")
+        if rule["choices"] and value not in rule["choices"]:
+            raise BadSettings(f"{name} is {value!r}: it must be one of {', '.join(rule['choices'])}")
+        return
+    if isinstance(value, bool) or not isinstance(value, int if wanted is int else (int, float)):
+        raise BadSettings(f"{name} is {value!r}: it must be {'an integer' if wanted is int else 'a number'}")
+    if not rule["least"] <= value <= rule["most"]:
+        raise BadSettings(
+            f"{name} is {value}: it must be from {rule['least']} to {rule['most']} ({rule['text']})",
+        )
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for item in fields(Settings):
+        variable = ENVIRONMENT_PREFIX + item.name.upper()
+        text = environment.get(variable)
+        if text is None:
+            continue
+        try:
+            values[item.name] = _TYPES[item.name](text)
+        except ValueError:
+            kind = "an integer" if _TYPES[item.name] is int else "a number"
+            raise BadSettings(f"{variable} is {text!r}: it must be {kind}") from None
+    return values
+
+
+def _from_file(file: Path) -> dict[str, Any]:
+    try:
+        values = tomllib.loads(file.read_text())
+    except OSError as error:
+        raise BadSettings(f"the settings file {file} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadSettings(f"the settings file {file} is not TOML: {error}") from None
+    unknown = sorted(set(values) - set(_TYPES))
+    if unknown:
+        raise BadSettings(f"the settings file {file} has unknown settings: {', '.join(unknown)}")
+    return values

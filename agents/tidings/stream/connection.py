@@ -1,0 +1,224 @@
+"""The NATS connection: nats-py's client with two fast paths for the hot side of an agent.
+
+`Connection.listen` hands each message of a subscription to a plain function, in the turn of the event loop
+that read it: no queue, no task switch, no message object. `Connection.send` publishes without an await; all that is
+sent in one turn leaves in one write. Everything else (TLS, authentication, reconnecting, requests) is nats-py's
+own. The parts of it that are overridden are not public there, hence the upper bound in pyproject.toml and
+``tests/integration/test_connection.py``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+
+import nats.errors
+import orjson
+from nats.aio.client import Client
+from nats.aio.subscription import Subscription
+from nats.protocol.parser import AWAITING_CONTROL_LINE, Parser
+
+from tidings.runtime.settings import Settings
+from tidings.wire.errors import StreamUnavailable
+
+__all__ = ["ApiError", "Connection", "Handler", "connect"]
+
+Handler = Callable[[bytes, bytes, bytes | None, bytes], None]
+"""Called with subject, reply subject (empty for none), raw headers (None for none) and payload."""
+
+MAX_UNSENT_BYTES: Final = 64 * 1024 * 1024
+"""A server that reads so slowly is as good as gone: the connection is made anew."""
+
+log = logging.getLogger("tidings.stream")
+
+
+class ApiError(StreamUnavailable):
+    """JetStream answered a request with an error."""
+
+    def __init__(self, request: str, error: dict[str, Any]) -> None:
+        super().__init__(f"JetStream refused {request}: {error.get('description', 'no reason given')}")
+        self.status: int = error.get("code", 0)
+        self.err_code: int = error.get("err_code", 0)
+
+
+class _FastParser(Parser):
+    """Reads whole MSG and HMSG runs without a regular expression or a copy of the rest per message.
+
+    nats-py's parser matches up to seven expressions a line and deletes each message from the front of its
+    buffer. Lines that are not messages go to it unchanged.
+    """
+
+    nc: Connection
+
+    async def parse(self, data: bytes = b"") -> None:
+        if self.state != AWAITING_CONTROL_LINE:
+            await super().parse(data)
+            return
+        if self.buf:
+            data = bytes(self.buf) + data
+            self.buf.clear()
+        at, size, handlers = 0, len(data), self.nc.handlers
+        while at < size:
+            start = at + 4 if data.startswith(b"MSG ", at) else at + 5 if data.startswith(b"HMSG ", at) else 0
+            end = data.find(b"\r\n", start) if start else -1
+            if end < 0:
+                break
+            words = data[start:end].split(b" ")
+            header_size = int(words[-2]) if start == at + 5 else 0
+            body = end + 2
+            after = body + int(words[-1])
+            if after + 2 > size:
+                break
+            at = after + 2
+            reply = words[2] if len(words) == (4 if not header_size else 5) else b""
+            header = data[body : body + header_size] if header_size else None
+            handler = handlers.get(words[1])
+            if handler is None:
+                await self.nc._process_msg(int(words[1]), words[0], reply, data[body + header_size : after], header)
+            else:
+                self.nc.hand_over(handler, words[0], reply, header, data[body + header_size : after])
+        if at < size:
+            self.buf.extend(data[at:])
+            # A message that is cut short waits for its rest; anything else is nats-py's to read.
+            if not (self.buf.startswith((b"MSG ", b"HMSG ")) or b"MSG ".startswith(self.buf[:4])):
+                await super().parse()
+
+
+class Connection(Client):
+    """A connection to NATS that reconnects for ever until it is closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ps = _FastParser(self)
+        self.handlers: dict[bytes, Handler] = {}
+        self._kick: asyncio.Handle | None = None
+        self.request_timeout_s = 5.0
+
+    async def listen(self, subject: str, handler: Handler, queue: str = "") -> Subscription:
+        """Subscribe `handler`, which must not block and should not raise; survives reconnects."""
+        subscription = await self.subscribe(subject, queue=queue)
+        self.handlers[b"%d" % subscription._id] = handler
+        return subscription
+
+    def send(self, subject: str, payload: bytes = b"", reply: str = "") -> bool:
+        """Publish at most once, without waiting: False (and nothing sent) while there is no connection."""
+        if not self.is_connected:
+            return False
+        command = b"PUB %b %b %d\r\n%b\r\n" % (subject.encode(), reply.encode(), len(payload), payload)
+        self._queue(command)
+        return True
+
+    def ack(self, reply: bytes, verdict: bytes = b"") -> None:
+        """Acknowledge a JetStream message (``+TERM`` and ``-NAK`` are verdicts too). A lost one is redelivered."""
+        if self.is_connected:
+            self._queue(b"PUB %b %d\r\n%b\r\n" % (reply, len(verdict), verdict))
+
+    def _queue(self, command: bytes) -> None:
+        # nats-py's own list: what it queues itself and what comes here leave in the order of the calls.
+        self._pending.append(command)
+        self._pending_data_size += len(command)
+        if self._kick is None:
+            self._kick = asyncio.get_running_loop().call_soon(self._write_pending)
+
+    def _write_pending(self) -> None:
+        self._kick = None
+        if not self._pending or not self.is_connected or self._transport is None:
+            return
+        pending, self._pending, self._pending_data_size = self._pending, [], 0
+        self._transport.write(b"".join(pending))
+        writer = getattr(self._transport, "_io_writer", None)
+        if writer is not None and writer.transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
+            log.warning("NATS does not read: %d bytes are waiting, reconnecting", MAX_UNSENT_BYTES)
+            self._reconnecting = asyncio.ensure_future(self.force_reconnect())
+
+    def hand_over(self, handler: Handler, subject: bytes, reply: bytes, header: bytes | None, payload: bytes) -> None:
+        """Call a handler; its mistakes must not end the read loop, on which everything depends."""
+        try:
+            handler(subject, reply, header, payload)
+        except Exception:
+            log.exception("a handler failed on subject %s", subject.decode(errors="replace"))
+
+    async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes | None) -> None:
+        handler = self.handlers.get(b"%d" % sid)
+        if handler is None:
+            await super()._process_msg(sid, subject, reply, data, headers)  # type: ignore[arg-type]
+        else:
+            self.hand_over(handler, subject, reply, headers, data)
+
+    async def api(self, request: str, body: Any = None) -> dict[str, Any]:
+        """Ask ``$JS.API.<request>``; raises `ApiError`, or `StreamUnavailable` when nobody answers."""
+        payload = b"" if body is None else orjson.dumps(body)
+        answer: dict[str, Any] = orjson.loads(await self.ask(f"$JS.API.{request}", payload))
+        if "error" in answer:
+            raise ApiError(request, answer["error"])
+        return answer
+
+    async def ask(self, subject: str, payload: bytes = b"", *, timeout_s: float | None = None) -> bytes:
+        """Request and answer; raises `StreamUnavailable` when there is none."""
+        try:
+            message = await self.request(subject, payload, timeout=timeout_s or self.request_timeout_s)
+        except nats.errors.NoRespondersError:
+            raise StreamUnavailable(f"nobody answers on {subject}: is JetStream enabled there?") from None
+        except (nats.errors.Error, TimeoutError) as error:
+            raise StreamUnavailable(f"no answer on {subject}: {str(error) or type(error).__name__}") from error
+        return message.data
+
+    async def store(self, subject: str, payload: bytes, headers: dict[str, str] | None = None) -> dict[str, Any]:
+        """Publish to a stream and return its confirmation (``stream``, ``seq``, perhaps ``duplicate``).
+
+        Raises `ApiError` when the stream refuses, `StreamUnavailable` when none confirms in time.
+        """
+        try:
+            message = await self.request(subject, payload, timeout=self.request_timeout_s, headers=headers)
+        except nats.errors.NoRespondersError:
+            raise StreamUnavailable(f"no stream stores {subject}") from None
+        except (nats.errors.Error, TimeoutError) as error:
+            raise StreamUnavailable(f"{subject} was not confirmed: {str(error) or type(error).__name__}") from error
+        answer: dict[str, Any] = orjson.loads(message.data)
+        if "error" in answer:
+            raise ApiError(f"the message on {subject}", answer["error"])
+        return answer
+
+
+async def connect(
+    settings: Settings,
+    name: str,
+    *,
+    lost: Callable[[], Awaitable[None]] | None = None,
+    found: Callable[[], Awaitable[None]] | None = None,
+) -> Connection:
+    """Connect, or raise `StreamUnavailable`. `lost` and `found` are called at each break and reconnect."""
+    connection = Connection()
+    connection.request_timeout_s = settings.request_timeout_s
+    problems: list[Exception] = []
+
+    async def problem(error: Exception) -> None:
+        problems[:] = [error]
+        log.debug("nats: %s", error or type(error).__name__)
+
+    options: dict[str, Any] = {"reconnect_time_wait": 0.2}
+    if settings.nats_credentials:
+        options["user_credentials"] = settings.nats_credentials
+    try:
+        async with asyncio.timeout(settings.request_timeout_s):
+            await connection.connect(
+                settings.nats_url.split(","),
+                name=name,
+                max_reconnect_attempts=-1,
+                ping_interval=10,
+                max_outstanding_pings=2,
+                error_cb=problem,
+                disconnected_cb=lost,
+                reconnected_cb=found,
+                **options,
+            )
+    except (nats.errors.Error, OSError, TimeoutError) as error:
+        await connection.close()
+        reason = problems[0] if problems else error
+        raise StreamUnavailable(
+            f"no connection to NATS at {settings.nats_url}: {str(reason) or type(reason).__name__}. "
+            "Is nats-server running there, and are the credentials right?"
+        ) from None
+    return connection

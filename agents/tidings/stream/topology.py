@@ -1,0 +1,264 @@
+"""The topology: which streams and shared consumers a mesh has, and whether the server has them so.
+
+| stream | stores | shared consumer |
+|---|---|---|
+| ``NOTIFY_<n>`` | ``part.<n>.user.*``: the personal plane, mapped there from ``notify.user.*`` | ``inbox`` |
+| ``DEAD`` | ``dead.>``: what could not be understood or delivered | |
+
+The mapping is the server's configuration (an account's, in production); `probe_mapping` finds out whether it is
+in force, without storing anything. The number of partitions and each stream's incarnation are kept in
+the streams' metadata, so that agents need no setting for them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from dataclasses import dataclass
+from typing import Any, Final
+
+from tidings.runtime.settings import Settings
+from tidings.wire import subject
+from tidings.wire.errors import StreamUnavailable, TopologyMismatch
+from tidings.wire.notification import MAX_BODY_BYTES
+
+from .connection import ApiError, Connection
+
+__all__ = [
+    "DEAD",
+    "INBOX",
+    "Change",
+    "Topology",
+    "apply",
+    "discover",
+    "mapping",
+    "notify_stream",
+    "plan",
+    "probe_mapping",
+]
+
+DEAD: Final = "DEAD"
+INBOX: Final = "inbox"
+"""The inbox agents' durable consumer, one a partition."""
+
+_PARTITIONS: Final = "tidings_partitions"
+_INCARNATION: Final = "tidings_incarnation"
+_HEADER_ROOM: Final = 4096
+_NOT_FOUND: Final = 404
+_NAME_IN_USE: Final = 10058
+
+
+def notify_stream(partition: int) -> str:
+    return f"NOTIFY_{partition}"
+
+
+def mapping(partitions: int) -> tuple[str, str]:
+    """Source and destination of the server's subject mapping for the personal plane."""
+    return subject.NOTIFY_WILDCARD, subject.part_user("{{wildcard(1)}}", f"{{{{partition({partitions},1)}}}}")
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """What the agents need to know of the streams that are there."""
+
+    partitions: int
+    incarnations: tuple[int, ...]
+    """Of each partition's stream."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One step of a plan: what `apply` does, in words and as a request to JetStream."""
+
+    text: str
+    request: str
+    body: dict[str, Any]
+
+
+async def discover(connection: Connection) -> Topology:
+    """Read the topology from the server; raises `TopologyMismatch` when it is not whole."""
+    found = await _streams(connection)
+    numbers = {name: info["config"] for name, info in found.items() if name.startswith("NOTIFY_")}
+    if not numbers:
+        raise TopologyMismatch("the server has no NOTIFY streams: run `tidings topology apply`")
+    declared = {config.get("metadata", {}).get(_PARTITIONS) for config in numbers.values()}
+    partitions = len(numbers)
+    expected = {notify_stream(number) for number in range(partitions)}
+    if declared != {str(partitions)} or set(numbers) != expected:
+        raise TopologyMismatch(
+            f"the server has {partitions} NOTIFY streams, made for {', '.join(map(str, declared))} partitions: "
+            "run `tidings topology plan` to see what is missing"
+        )
+    try:
+        incarnations = tuple(
+            int(numbers[notify_stream(number)]["metadata"][_INCARNATION]) for number in range(partitions)
+        )
+    except (KeyError, ValueError):
+        raise TopologyMismatch(
+            "a NOTIFY stream does not say its incarnation: it was not made by `tidings topology apply`"
+        ) from None
+    return Topology(partitions, incarnations)
+
+
+async def plan(connection: Connection, settings: Settings) -> list[Change]:
+    """What `apply` would do; raises `TopologyMismatch` where the existing streams cannot become what is asked."""
+    found = await _streams(connection)
+    changes: list[Change] = []
+    count = sum(name.startswith("NOTIFY_") for name in found)
+    known = {info["config"].get("metadata", {}).get(_PARTITIONS) for name, info in found.items() if name != DEAD}
+    if count and known != {str(settings.partitions)}:
+        raise TopologyMismatch(
+            f"the streams were made for {', '.join(map(str, known))} partitions and the settings say "
+            f"{settings.partitions}: the number is fixed, because users' positions belong to their partition"
+        )
+    for config in (*(_notify(settings, number) for number in range(settings.partitions)), _dead(settings)):
+        changes.extend(_stream_change(config, found.get(config["name"])))
+    for number in range(settings.partitions):
+        stream = notify_stream(number)
+        existing = await _consumer(connection, stream) if stream in found else None
+        changes.extend(_consumer_change(stream, settings, existing))
+    return changes
+
+
+async def apply(connection: Connection, settings: Settings) -> list[Change]:
+    """Make the streams as the settings want them; returns what was changed. Safe when two run at once."""
+    changes = await plan(connection, settings)
+    for change in changes:
+        try:
+            await connection.api(change.request, change.body)
+        except ApiError as error:
+            # Another one made it a moment ago, with its own incarnation: that one stands.
+            if error.err_code != _NAME_IN_USE:
+                raise
+    await discover(connection)
+    return changes
+
+
+def _notify(settings: Settings, number: int) -> dict[str, Any]:
+    return {
+        "name": notify_stream(number),
+        "description": f"Tidings: personal notifications, partition {number} of {settings.partitions}",
+        "subjects": [subject.part_wildcard(number)],
+        "storage": "file",
+        "num_replicas": settings.replicas,
+        "retention": "limits",
+        # A full log refuses: dropping the oldest would lose what was accepted.
+        "discard": "new",
+        "max_age": settings.stream_max_age_s * 1_000_000_000,
+        "max_bytes": settings.stream_max_bytes,
+        "max_msg_size": MAX_BODY_BYTES + _HEADER_ROOM,
+        "max_consumers": settings.stream_max_consumers,
+        "duplicate_window": min(settings.duplicate_window_s, settings.stream_max_age_s) * 1_000_000_000,
+        "allow_direct": True,
+        "metadata": {_PARTITIONS: str(settings.partitions), _INCARNATION: str(time.time_ns() // 1_000_000)},
+    }
+
+
+def _dead(settings: Settings) -> dict[str, Any]:
+    return {
+        "name": DEAD,
+        "description": "Tidings: what could not be understood or delivered, with the reason",
+        "subjects": [subject.DEAD_WILDCARD],
+        "storage": "file",
+        "num_replicas": settings.replicas,
+        "retention": "limits",
+        "discard": "new",
+        "max_age": settings.dead_max_age_s * 1_000_000_000,
+        "max_bytes": -1,
+        "max_msg_size": MAX_BODY_BYTES + 4 * _HEADER_ROOM,
+        "max_consumers": settings.stream_max_consumers,
+        "duplicate_window": settings.duplicate_window_s * 1_000_000_000,
+        "allow_direct": True,
+        "metadata": {},
+    }
+
+
+def _inbox_consumer(settings: Settings) -> dict[str, Any]:
+    return {
+        "durable_name": INBOX,
+        "description": "Tidings: the inbox agents write these to the store",
+        "ack_policy": "explicit",
+        "deliver_policy": "all",
+        "ack_wait": int(settings.inbox_ack_wait_s * 1_000_000_000),
+        "max_deliver": -1,
+        "max_ack_pending": 8 * settings.inbox_batch,
+        "max_waiting": 128,
+    }
+
+
+def _stream_change(config: dict[str, Any], found: dict[str, Any] | None) -> list[Change]:
+    name = config["name"]
+    if found is None:
+        return [Change(f"create stream {name}", f"STREAM.CREATE.{name}", config)]
+    merged = {**found["config"], **config, "metadata": found["config"].get("metadata", {})}
+    differing = sorted(key for key, value in merged.items() if found["config"].get(key) != value)
+    if not differing:
+        return []
+    return [Change(f"update stream {name}: {', '.join(differing)}", f"STREAM.UPDATE.{name}", merged)]
+
+
+def _consumer_change(stream: str, settings: Settings, found: dict[str, Any] | None) -> list[Change]:
+    config = _inbox_consumer(settings)
+    differing = sorted(key for key, value in config.items() if found is None or found.get(key) != value)
+    if not differing:
+        return []
+    text = f"create consumer {INBOX} on {stream}" if found is None else f"update consumer {INBOX} on {stream}"
+    body = {"stream_name": stream, "config": config, "action": ""}
+    return [Change(text, f"CONSUMER.CREATE.{stream}.{INBOX}", body)]
+
+
+async def _consumer(connection: Connection, stream: str) -> dict[str, Any] | None:
+    try:
+        config: dict[str, Any] = (await connection.api(f"CONSUMER.INFO.{stream}.{INBOX}"))["config"]
+    except ApiError as error:
+        if error.status == _NOT_FOUND:
+            return None
+        raise
+    return config
+
+
+async def _streams(connection: Connection) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    while True:
+        answer = await connection.api("STREAM.LIST", {"offset": len(found)})
+        streams = answer.get("streams") or []
+        found.update((info["config"]["name"], info) for info in streams)
+        if not streams or len(found) >= answer.get("total", 0):
+            return {name: info for name, info in found.items() if name == DEAD or name.startswith("NOTIFY_")}
+
+
+async def probe_mapping(connection: Connection, partitions: int, *, timeout_s: float = 2.0) -> None:
+    """Raise `TopologyMismatch` unless the server maps ``notify.user.*`` to the same partition as we do.
+
+    A message that expects to be stored by a stream of another name is refused by every stream, and still
+    passes the mapping on its way: a subscription sees where it went, and nothing is stored.
+    """
+    token = f"probe-{secrets.token_hex(8)}"
+    seen: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    def arrived(where: bytes, reply: bytes, header: bytes | None, payload: bytes) -> None:
+        if not seen.done():
+            seen.set_result(where.decode())
+
+    watches = [
+        await connection.listen(pattern, arrived)
+        for pattern in (subject.part_user(token, "*"), subject.notify_user(token))
+    ]
+    expected = subject.part_user(token, subject.partition(token, partitions))
+    try:
+        await connection.publish(subject.notify_user(token), b"", headers={"Nats-Expected-Stream": "tidings-probe"})
+        async with asyncio.timeout(timeout_s):
+            where = await seen
+    except TimeoutError:
+        raise StreamUnavailable("the server did not deliver a probe of the subject mapping") from None
+    finally:
+        for watch in watches:
+            connection.handlers.pop(b"%d" % watch._id, None)
+            await watch.unsubscribe()
+    if where != expected:
+        source, destination = mapping(partitions)
+        raise TopologyMismatch(
+            f"the server sends {subject.notify_user(token)} to {where} and not to {expected}: "
+            f"add to its configuration (of the account, or at the top): mappings: {{ {source!r}: {destination!r} }}"
+        )
