@@ -147,6 +147,15 @@ class Connection(Client):
         else:
             self.hand_over(handler, subject, reply, headers, data)
 
+    async def finish(self, timeout_s: float = 1.0) -> None:
+        """Send what is queued, if the server is there, and close."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.flush()
+        except (nats.errors.Error, OSError, TimeoutError) as error:
+            log.debug("the last messages to NATS may be lost: %s", error or type(error).__name__)
+        await self.close()
+
     async def api(self, request: str, body: Any = None) -> dict[str, Any]:
         """Ask ``$JS.API.<request>``; raises `ApiError`, or `StreamUnavailable` when nobody answers."""
         payload = b"" if body is None else orjson.dumps(body)

@@ -27,6 +27,7 @@ __all__ = [
     "gateway_session",
     "gateway_user",
     "gateway_wildcard",
+    "inbox_pull",
     "notify_user",
     "part_user",
     "part_wildcard",
@@ -132,6 +133,11 @@ def gateway_session(gateway: str, session: str) -> str:
 def gateway_claim(gateway: str) -> str:
     """Asks a gateway to give a device's session up."""
     return f"gw.{gateway}.claim"
+
+
+def inbox_pull(agent: str, partition: int | str, number: int | str) -> str:
+    """Reply subject of an inbox agent's pulls; ``*`` for both numbers subscribes to all of them."""
+    return f"ib.{agent}.{partition}.{number}"
 
 
 def gateway_user(gateway: str) -> str:

@@ -1,0 +1,211 @@
+"""The gateway agent.
+
+Reads: the personal plane's streams, one consumer a session; inbox floors (core NATS); the store's cursors and inbox.
+Writes: WebSocket frames; cursors and marks to the store; dead letters to ``DEAD``; presence (core NATS).
+Acks when: the client has acknowledged the notification, or it is durable as a dead letter, or it is nobody's.
+Crash costs: the acks of the last `cursor_flush_s` seconds, which come again as duplicates; its clients reconnect to
+another gateway, and its consumers end by themselves after `consumer_idle_s`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import orjson
+from aiohttp import web
+
+from tidings.runtime.service import Service
+from tidings.runtime.settings import Settings
+from tidings.store.port import Store
+from tidings.stream import consumers, topology
+from tidings.stream.connection import ApiError, Connection, connect
+from tidings.wire import codes, subject
+from tidings.wire.errors import StartFailed, TidingsError
+
+from .door import Door
+from .hub import Hub
+from .keeper import Keeper
+from .opening import Opener, give_up
+from .session import Session
+
+__all__ = ["Gateway"]
+
+
+class Gateway(Service):
+    """One gateway process (or, in ``tidings dev``, one of its agents).
+
+    `routes` may add handlers to the HTTP server that carries the WebSockets. `store` is opened and closed by
+    whoever made it.
+    """
+
+    name = "gateway"
+
+    def __init__(
+        self, settings: Settings, store: Store, *, routes: Callable[[web.Application], None] | None = None
+    ) -> None:
+        super().__init__()
+        if not settings.token_key:
+            raise StartFailed(
+                "token_key is not set: give the gateway TIDINGS_TOKEN_KEY, such as `openssl rand -hex 32`"
+            )
+        self._settings = settings
+        self._store = store
+        self._routes = routes
+        self._connection: Connection | None = None
+        self._runner: web.AppRunner | None = None
+        self._hub: Hub | None = None
+        self._door: Door | None = None
+        self._keeper: Keeper | None = None
+        self.port = 0
+        """The port that is listened on, once started."""
+
+    @property
+    def hub(self) -> Hub:
+        if self._hub is None:
+            raise RuntimeError("the gateway was not started")
+        return self._hub
+
+    async def _start(self) -> None:
+        self._connection = connection = await connect(self._settings, "tidings-gateway", found=self._reconnected)
+        found = await topology.discover(connection)
+        self._hub = hub = Hub(self._settings, self._store, connection, found, self.spawn)
+        await self._read_floors(hub)
+        await connection.listen(subject.INBOX_FLOOR, lambda *message: hub.floors.heard(*message))
+        await connection.listen(subject.gateway_wildcard(hub.gateway), self._receive)
+        await connection.flush()
+        opener = Opener(hub)
+        self._keeper = keeper = Keeper(hub, opener)
+        self._door = Door(hub, opener)
+        for loop in (keeper.write_cursors, keeper.keep_time, keeper.mend, keeper.probe):
+            self.spawn(loop())
+        await self._listen()
+        self.log.info("gateway %s listens on %s:%d", hub.gateway, self._settings.host, self.port)
+
+    async def _read_floors(self, hub: Hub) -> None:
+        async def read(partition: int) -> None:
+            try:
+                hub.floors.raise_to(partition, await consumers.inbox_floor(hub.connection, partition))
+            except ApiError as error:
+                # Without inbox agents nothing is in the store: 0 is the floor.
+                self.log.warning("partition %d has no inbox floor: %s", partition, error)
+
+        await asyncio.gather(*map(read, range(hub.topology.partitions)))
+
+    async def _listen(self) -> None:
+        app = web.Application()
+        assert self._door is not None
+        app.router.add_get("/v1/ws", self._door.handle)
+        app.router.add_get("/healthz", self._healthz)
+        app.router.add_get("/readyz", self._readyz)
+        if self._routes is not None:
+            self._routes(app)
+        self._runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=1.0)
+        await self._runner.setup()
+        host, port = self._settings.host, self._settings.port
+        site = web.TCPSite(self._runner, host, port, backlog=4096)
+        try:
+            await site.start()
+        except OSError as error:
+            raise StartFailed(
+                f"the gateway cannot listen on {host}:{port}: {error.strerror or error}. Is something else running "
+                "there? Choose another with --port or TIDINGS_PORT"
+            ) from None
+        self.port = self._runner.addresses[0][1]
+
+    # From NATS
+
+    def _receive(self, where: bytes, reply: bytes, header: bytes | None, body: bytes) -> None:
+        """Everything that comes to ``gw.<gateway>.>``: nearly always a notification, under its own subject."""
+        hub = self.hub
+        if where.startswith(b"part."):
+            hub.on_pull_reply(where, reply, header, body)
+        elif where.endswith(b".claim"):
+            hub.connection.send(reply.decode(), give_up(hub, body))
+        elif where.endswith(b".user"):
+            told = orjson.loads(body)
+            hub.tell_here(told["user"], [frame.encode() for frame in told["frames"]])
+        else:
+            hub.on_pull_reply(where, reply, header, body)
+
+    async def _reconnected(self) -> None:
+        """The connection to NATS is back: no pull survived it, and perhaps no consumer."""
+        hub = self._hub
+        if hub is None or self._connection is None:
+            return
+        self.log.info("the connection to NATS is back")
+        for session in list(hub.by_consumer.values()):
+            session.pull()
+        self.spawn(self._check_topology(hub))
+
+    async def _check_topology(self, hub: Hub) -> None:
+        try:
+            found = await topology.discover(hub.connection)
+        except TidingsError as error:
+            self.log.warning("the topology cannot be read: %s", error)
+            return
+        if found != hub.topology:
+            self.log.warning("the streams were made anew: every session starts again")
+            sessions = list(hub.by_id.values())
+            hub.change_topology(found)
+            for session in sessions:
+                hub.close_socket(session, codes.RESTART, hub.bye(2000))
+                hub.end(session)
+
+    # Leaving
+
+    async def _drain(self) -> None:
+        """Tell every client to come back elsewhere, spread over the drain time, and write all cursors."""
+        assert self._door is not None
+        assert self._keeper is not None
+        hub, settings = self.hub, self._settings
+        self._door.open = False
+        sessions = [session for session in hub.by_id.values() if session.socket is not None]
+        pause = 0.05
+        slice_size = max(1, int(len(sessions) * pause / settings.drain_s) + 1) if settings.drain_s else len(sessions)
+        while sessions:
+            batch, sessions = sessions[:slice_size], sessions[slice_size:]
+            await asyncio.gather(*(self._send_away(session) for session in batch))
+            if sessions:
+                await asyncio.sleep(pause)
+        for session in list(hub.by_id.values()):
+            hub.end(session)
+        await self._keeper.flush()
+
+    async def _send_away(self, session: Session) -> None:
+        socket = session.socket
+        if socket is not None:
+            self.hub.detach(session, socket, linger=False)
+            await socket.close(codes.RESTART, self.hub.bye(int(self._settings.drain_s * 1000)))
+
+    async def _stop(self) -> None:
+        if self._hub is not None and self._keeper is not None:
+            for session in list(self._hub.by_id.values()):
+                self._hub.close_socket(session, codes.RESTART, self._hub.bye(1000))
+                self._hub.end(session)
+            await self._keeper.flush()
+        if self._runner is not None:
+            await self._runner.cleanup()
+        if self._connection is not None:
+            await self._connection.finish()
+
+    # Health
+
+    async def _healthz(self, request: web.Request) -> web.Response:
+        return web.json_response({"status": "ok"})
+
+    async def _readyz(self, request: web.Request) -> web.Response:
+        """Whether new devices should come here: 200, or 503 with what is missing."""
+        problems: list[str] = []
+        if not self.ready:
+            problems.append(f"the gateway is {self.state.value}")
+        if self._connection is None or not self._connection.is_connected:
+            problems.append("no connection to NATS")
+        try:
+            await self._store.check()
+            store = "ok"
+        except TidingsError as error:
+            # Deliveries go on without it: a gateway is not taken out for that.
+            store = str(error)
+        body = {"status": "unavailable" if problems else "ok", "problems": problems, "store": store}
+        return web.json_response(body, status=503 if problems else 200)

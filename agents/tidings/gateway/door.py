@@ -1,0 +1,284 @@
+"""The door: from an HTTP upgrade to an attached session, and the frames of a client from then on."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Final
+
+from aiohttp import web
+
+from tidings.runtime.tokens import Identity, verify
+from tidings.store.port import Holder
+from tidings.stream import consumers
+from tidings.wire import codes, frames
+from tidings.wire.codes import Close
+from tidings.wire.errors import BadFrame, BadPosition, BadSubject, NotAuthenticated, StoreUnavailable, StreamUnavailable
+from tidings.wire.frames import Ack, ClientFrame, Hello, Ping
+from tidings.wire.position import Position
+from tidings.wire.subject import escape
+
+from .hub import Hub, new_id
+from .opening import Opener, Plan
+from .requests import Requests
+from .session import Session
+from .socket import Socket
+
+__all__ = ["Door"]
+
+_RETRY_SPREAD_MS: Final = 3000
+
+log = logging.getLogger("tidings.gateway")
+
+
+class _Refused(Exception):
+    """The connection ends here, with this close."""
+
+    def __init__(self, close: Close, message: str, code: str | None = None) -> None:
+        super().__init__(message)
+        self.close = close
+        self.code = code
+
+
+class Door:
+    """Handles ``GET /v1/ws``."""
+
+    def __init__(self, hub: Hub, opener: Opener) -> None:
+        self._hub = hub
+        self._opener = opener
+        self._requests = Requests(hub)
+        self.open = True
+        """Cleared when the gateway drains."""
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        """One connection, from handshake to close."""
+        settings = self._hub.settings
+        socket = Socket(settings.frame_max_bytes, settings.write_buffer_bytes)
+        response = await socket.accept(request)
+        try:
+            session = await self._enter(socket, request.headers.get("Authorization"))
+            if session is not None:
+                try:
+                    await _Conversation(self._hub, self._requests, session, socket).run()
+                finally:
+                    # Only a goodbye (1000) needs no session to come back to; 1001 is a page that reloads.
+                    self._hub.detach(session, socket, linger=response.close_code != codes.NORMAL.code)
+        except _Refused as refused:
+            log.debug("a connection was refused: %s", refused)
+            farewell = frames.error(refused.code or refused.close.name, str(refused))
+            if refused.close.reconnect:
+                socket.send(farewell)
+                farewell = self._hub.bye(_RETRY_SPREAD_MS)
+            await socket.close(refused.close, farewell)
+        return response
+
+    async def _enter(self, socket: Socket, authorization: str | None) -> Session | None:
+        """Hello, identity, session. None when the connection ended or was taken over on the way."""
+        settings = self._hub.settings
+        if not self.open:
+            raise _Refused(codes.RESTART, "this gateway is closing")
+        try:
+            async with asyncio.timeout(settings.hello_timeout_s):
+                frame = await socket.receive()
+        except TimeoutError:
+            raise _Refused(codes.NO_HELLO, f"no hello came within {settings.hello_timeout_s:g} s") from None
+        if frame is None:
+            return None
+        hello = self._read_hello(frame)
+        identity = self._identify(hello, authorization)
+        device = identity.device or hello.device or f"session-{new_id()}"
+        if hello.device is not None and hello.device != device:
+            raise _Refused(codes.NOT_ALLOWED, "the token is for another device than the hello names")
+        window = min(hello.window or settings.window, settings.window_max)
+        return await self._join(socket, identity.user, device, window, _since(hello))
+
+    def _read_hello(self, frame: str | bytes) -> Hello:
+        try:
+            hello = frames.decode(frame)
+            if isinstance(frame, bytes):
+                raise BadFrame("frames are text, not binary")
+            if not isinstance(hello, Hello):
+                raise BadFrame("the first frame must be a hello")
+            if hello.device is not None:
+                escape(hello.device, "device id")
+        except BadFrame as error:
+            raise _Refused(codes.BAD_FRAME, str(error), error.code) from None
+        except BadSubject as error:
+            raise _Refused(codes.BAD_FRAME, str(error)) from None
+        return hello
+
+    def _identify(self, hello: Hello, authorization: str | None) -> Identity:
+        token = hello.token
+        if token is None and authorization is not None:
+            scheme, _, token = authorization.partition(" ")
+            if scheme.lower() != "bearer":
+                raise _Refused(codes.NOT_AUTHENTICATED, "the Authorization header must be `Bearer <token>`")
+        if not token:
+            raise _Refused(codes.NOT_AUTHENTICATED, "a token is missing: send it in the hello or as a bearer header")
+        try:
+            return verify(self._hub.settings.token_key, token)
+        except NotAuthenticated as error:
+            raise _Refused(codes.NOT_AUTHENTICATED, str(error)) from None
+
+    async def _join(
+        self, socket: Socket, user: str, device: str, window: int, since: Position | None
+    ) -> Session | None:
+        """Take the device's session over, or start one. The newest socket of a device wins, at every await."""
+        hub = self._hub
+        while True:
+            session = hub.find(user, device)
+            if session is None:
+                if len(hub) >= hub.settings.max_sessions:
+                    raise _Refused(codes.OVERLOADED, f"this gateway has its {hub.settings.max_sessions} sessions")
+                session = hub.add(user, device)
+                session.opening = hub.spawn(self._open(session, window, since))
+            if session.suitor is not None:
+                hub.spawn(session.suitor.close(codes.REPLACED))
+            session.suitor = socket
+            plan = await asyncio.shield(session.opening) if session.opening is not None else None
+            if isinstance(plan, StreamUnavailable):
+                raise _Refused(codes.OVERLOADED, f"the log does not answer: {plan}", plan.code)
+            unread = await self._unread(session)
+            ours = plan is not None or await self._still_ours(session)
+            if session.suitor is not socket:
+                return None
+            session.suitor = None
+            if ours and not session.has_ended():
+                break
+            # It ended while we waited, or went to another gateway behind our back: begin anew.
+            hub.end(session, keep_cursor=False)
+        self._attach(session, socket, since, plan if session.opening is not None else None, unread)
+        session.opening = None
+        if session.window.size != window:
+            hub.spawn(self._resize(session, window))
+        return session
+
+    async def _open(self, session: Session, window: int, since: Position | None) -> Plan | StreamUnavailable:
+        try:
+            return await self._opener.start(session, window, since)
+        except StreamUnavailable as error:
+            self._hub.end(session)
+            return error
+
+    async def _still_ours(self, session: Session) -> bool:
+        """Whether no other gateway took the device while this one was cut off or frozen."""
+        try:
+            holders = await self._hub.store.holders(session.user)
+        except StoreUnavailable:
+            return True
+        return Holder(self._hub.gateway, session.id) in holders
+
+    async def _resize(self, session: Session, window: int) -> None:
+        session.window.size = window
+        try:
+            await consumers.resize(self._hub.connection, session.partition, session.consumer, window)
+        except StreamUnavailable as error:
+            log.warning("session %s keeps its old window at the server: %s", session.id, error)
+
+    async def _unread(self, session: Session) -> int | None:
+        try:
+            return await self._hub.store.unread(session.user)
+        except StoreUnavailable:
+            return None
+
+    def _attach(
+        self,
+        session: Session,
+        socket: Socket,
+        since: Position | None,
+        plan: Plan | None,
+        unread: int | None,
+    ) -> None:
+        """The hand-over, in one turn of the loop: welcome, then what was missed, then what is live."""
+        hub = self._hub
+        if session.socket is not None:
+            hub.spawn(session.socket.close(codes.REPLACED))
+        if plan is None and since is not None and since.incarnation <= session.incarnation:
+            session.acknowledge_upto(since)
+        hub.attach(session, socket)
+        pos = None if session.blind else str(session.window.cursor().floor)
+        socket.send(
+            frames.welcome(
+                session=session.id,
+                user=session.user,
+                device=session.device,
+                pos=pos,
+                unread=unread,
+                window=session.window.size,
+                heartbeat=hub.settings.heartbeat_s,
+            )
+        )
+        if plan is None:
+            session.send_gap()
+            session.resend()
+        elif plan.missed is None:
+            session.announce_gap(None, None if session.blind else plan.upto)
+            session.go_live()
+        elif plan.missed > hub.settings.catchup_cap:
+            session.announce_gap(plan.missed, plan.upto)
+            session.go_live()
+        elif plan.missed:
+            hub.spawn(self._opener.catch_up(session, plan.upto))
+        else:
+            session.go_live()
+
+
+def _since(hello: Hello) -> Position | None:
+    """A `since` that is none of ours is no help and no harm: the stored cursor counts."""
+    try:
+        return None if hello.since is None else Position.parse(hello.since)
+    except BadPosition:
+        log.debug("a hello has a since from elsewhere")
+        return None
+
+
+class _Conversation:
+    """The frames of one attached client."""
+
+    __slots__ = ("_hub", "_requests", "_session", "_socket", "_under_way")
+
+    def __init__(self, hub: Hub, requests: Requests, session: Session, socket: Socket) -> None:
+        self._hub = hub
+        self._requests = requests
+        self._session = session
+        self._socket = socket
+        self._under_way = 0
+
+    async def run(self) -> None:
+        """Until the connection ends; raises `_Refused` where the client broke the protocol."""
+        while (text := await self._socket.receive()) is not None:
+            if self._session.socket is not self._socket:
+                return
+            try:
+                if isinstance(text, bytes):
+                    raise BadFrame("frames are text, not binary")
+                frame = frames.decode(text)
+            except BadFrame as error:
+                # A request that names a ref gets its answer; without one, nobody could tell what was lost.
+                if error.ref is None:
+                    raise _Refused(codes.BAD_FRAME, str(error), error.code) from None
+                self._socket.send(frames.error(error.code, str(error), error.ref))
+                continue
+            self._handle(frame)
+
+    def _handle(self, frame: ClientFrame) -> None:
+        session = self._session
+        if isinstance(frame, Ack):
+            if frame.upto is None:
+                session.acknowledge(frame.positions)
+            else:
+                session.acknowledge_upto(frame.upto)
+        elif isinstance(frame, Ping):
+            self._socket.send(frames.pong(frame.ref))
+        elif isinstance(frame, Hello):
+            raise _Refused(codes.BAD_FRAME, "hello was said already")
+        elif self._under_way >= self._hub.settings.requests_per_session:
+            message = f"{self._under_way} requests are under way: wait for an answer"
+            self._socket.send(frames.error("too_many_requests", message, frame.ref))
+        else:
+            self._under_way += 1
+            task = self._hub.spawn(self._requests.answer(session, self._socket, frame))
+            task.add_done_callback(self._answered)
+
+    def _answered(self, task: asyncio.Task[None]) -> None:
+        self._under_way -= 1

@@ -1,0 +1,333 @@
+"""The hub: every session of a gateway, and what they share.
+
+One subscription receives for all of them; one callback a loop turn writes what came; one task each writes cursors,
+keeps time (heartbeats, lingering, replays) and mends lost consumers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
+
+import orjson
+
+from tidings.runtime.settings import Settings
+from tidings.store.port import CursorUpdate, Holder, Store
+from tidings.stream import consumers
+from tidings.stream.connection import Connection
+from tidings.stream.topology import Topology
+from tidings.wire import codes, frames, subject
+from tidings.wire.codes import Close
+from tidings.wire.errors import StreamUnavailable
+from tidings.wire.position import Position
+
+from .floors import Floors
+from .recent import RecentIds
+from .session import Session, SessionState
+from .socket import Socket
+from .window import Entry
+
+__all__ = ["Hub", "new_id"]
+
+_STRAY_DELAY_S = 5.0
+_RELEASED_MOST = 50_000
+
+log = logging.getLogger("tidings.gateway")
+
+
+def new_id(length: int = 12) -> str:
+    """A random name for a gateway, session or consumer: lower-case letters and digits."""
+    return "".join(secrets.choice("abcdefghijklmnopqrstuvwxyz0123456789") for _ in range(length))
+
+
+class Hub:
+    """The sessions of one gateway process, by device and by consumer."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        connection: Connection,
+        topology: Topology,
+        spawn: Callable[[Coroutine[Any, Any, Any]], asyncio.Task[Any]],
+    ) -> None:
+        self.settings = settings
+        self.store = store
+        self.connection = connection
+        self.topology = topology
+        self.spawn = spawn
+        self.floors = Floors(topology)
+        self.gateway = new_id(8)
+        self.pull_prefix = subject.gateway_session(self.gateway, "")
+        self.pull_expires_ns = int(settings.pull_expires_s * 1_000_000_000)
+        self.recent = RecentIds()
+        self.users: dict[str, list[Session]] = {}
+        self.by_consumer: dict[bytes, Session] = {}
+        self.by_id: dict[str, Session] = {}
+        self.replaying: set[Session] = set()
+        self.blind: set[Session] = set()
+        self.lingering: deque[tuple[float, Session]] = deque()
+        self.heartbeats: deque[Session] = deque()
+        self.moved: dict[Session, None] = {}
+        """Sessions whose cursor is to be written."""
+        self.released: dict[tuple[str, str], CursorUpdate] = {}
+        """Last cursors of sessions that ended, by user and device, until they are written."""
+        self.broken: dict[Session, None] = {}
+        """Sessions whose consumer is gone."""
+        self.broken_event = asyncio.Event()
+        self._rooms: dict[Session, asyncio.Event] = {}
+        self._dirty: list[Session] = []
+        self._loop = asyncio.get_running_loop()
+        self.now = self._loop.time
+
+    # Who is here
+
+    def find(self, user: str, device: str) -> Session | None:
+        return next((session for session in self.users.get(user, ()) if session.device == device), None)
+
+    def live(self, user: str) -> Iterator[Session]:
+        return (session for session in self.users.get(user, ()) if session.socket is not None)
+
+    def __len__(self) -> int:
+        return len(self.by_id)
+
+    def add(self, user: str, device: str) -> Session:
+        """A new session, starting; the caller starts it."""
+        session = Session(self, new_id(), user, device)
+        self.users.setdefault(user, []).append(session)
+        self.by_id[session.id] = session
+        return session
+
+    async def is_real(self, session: Session, position: Position) -> bool:
+        """Whether the stream of the session's user has come as far as `position`."""
+        if position.incarnation != session.incarnation:
+            return position.incarnation < session.incarnation
+        if position <= self.floors[session.partition]:
+            return True
+        if session.state is not SessionState.STARTING and position <= session.window.last:
+            return True
+        return position.sequence <= await consumers.last_sequence(self.connection, session.partition)
+
+    def adopt_consumer(self, session: Session, name: str, node: str) -> None:
+        """From now on this consumer's messages are the session's."""
+        self.by_consumer.pop(session.consumer.encode(), None)
+        session.consumer, session.node, session.consumer_sequence = name, node, 0
+        self.by_consumer[name.encode()] = session
+
+    def change_topology(self, topology: Topology) -> None:
+        """The streams were made anew: sessions from now on are of the new ones."""
+        self.topology = topology
+        self.floors = Floors(topology)
+
+    # From NATS
+
+    def on_pull_reply(self, where: bytes, reply: bytes, header: bytes | None, body: bytes) -> None:
+        """A message of some session's consumer (under its own subject), or the end of a pull (under ours)."""
+        if not reply:
+            self._on_status(where, header)
+            return
+        # $JS.ACK.<stream>.<consumer>.<delivered>.<stream sequence>.<consumer sequence>.<time>.<pending>
+        words = reply.split(b".")
+        at = 2 if len(words) == 9 else 4
+        session = self.by_consumer.get(words[at + 1])
+        if session is None:
+            consumers.nak(self.connection, reply, _STRAY_DELAY_S)
+            consumers.delete(self.connection, words[at].decode(), words[at + 1].decode())
+            return
+        session.receive((words[at + 3], words[at + 4], words[at + 2]), reply, body)
+
+    def _on_status(self, where: bytes, header: bytes | None) -> None:
+        words = where.decode().split(".")
+        session = self.by_id.get(words[2]) if len(words) == 4 else None
+        if session is not None and header is not None and words[3].isdigit():
+            session.pull_ended(int(words[3]), *consumers.status_of(header))
+
+    # What sessions ask of the hub
+
+    def to_flush(self, session: Session) -> None:
+        """Write the session's outbox at the end of this loop turn."""
+        if not self._dirty:
+            self._loop.call_soon(self._flush)
+        self._dirty.append(session)
+
+    def _flush(self) -> None:
+        dirty, self._dirty = self._dirty, []
+        for session in dirty:
+            session.flush()
+
+    def congested(self, session: Session) -> None:
+        """The client does not read as fast as it is sent: wait for it, or close it. Nobody else notices."""
+        socket = session.socket
+        if socket is not None and not socket.stalled:
+            socket.stalled = True
+            self.spawn(self._wait_for_reader(session, socket))
+
+    async def _wait_for_reader(self, session: Session, socket: Socket) -> None:
+        if await socket.drained(self.settings.write_stall_s):
+            session.flush()
+        elif socket.open:
+            log.info("session %s reads too slowly: closed", session.id)
+            await socket.close(codes.TOO_SLOW)
+
+    def make_blind(self, session: Session) -> None:
+        """The device's cursor is not known, or what lies behind it cannot be read: write nothing of it."""
+        session.blind = True
+        self.blind.add(session)
+        self.moved.pop(session, None)
+
+    def cursor_moved(self, session: Session) -> None:
+        if not session.blind:
+            self.moved[session] = None
+
+    def room(self, session: Session) -> None:
+        """Wake the catch-up of a session, if it waits for its window."""
+        event = self._rooms.get(session)
+        if event is not None:
+            event.set()
+
+    async def wait_for_room(self, session: Session) -> None:
+        event = self._rooms[session] = asyncio.Event()
+        try:
+            await event.wait()
+        finally:
+            del self._rooms[session]
+
+    def lost(self, session: Session) -> None:
+        """The session's consumer is gone, or lost a delivery: it gets a new one, at a bounded rate."""
+        if session.state in (SessionState.LIVE, SessionState.LINGERING):
+            self.broken[session] = None
+            self.broken_event.set()
+
+    def exhausted(self, session: Session, text: str, entry: Entry) -> None:
+        """Put in front of a live client as often as is allowed: a dead letter."""
+        if session.burying is None:
+            session.burying = set()
+        if text not in session.burying:
+            session.burying.add(text)
+            self.spawn(self._bury(session, text, entry))
+
+    async def _bury(self, session: Session, text: str, entry: Entry) -> None:
+        try:
+            await consumers.bury(
+                self.connection,
+                "user",
+                entry.body,
+                key=f"undelivered.{text}.{session.token}.{subject.escape(session.device, 'device id')}",
+                reason="undelivered",
+                detail=f"not acknowledged after {entry.attempts} attempts in front of a live client",
+                user=subject.escape(session.user),
+                device=subject.escape(session.device, "device id"),
+                position=text,
+                attempts=entry.attempts,
+            )
+        except StreamUnavailable as error:
+            # It stays under way; the next redelivery tries again.
+            log.warning("a dead letter of session %s could not be stored: %s", session.id, error)
+        else:
+            log.warning("%s was not acknowledged in %d attempts: it is a dead letter now", text, entry.attempts)
+            session.buried(text)
+        finally:
+            if session.burying is not None:
+                session.burying.discard(text)
+
+    # Coming and going
+
+    def attach(self, session: Session, socket: Socket) -> None:
+        """The session has a socket: it is live."""
+        session.socket = socket
+        session.state = SessionState.LIVE
+        if not session.beating:
+            session.beating = True
+            self.heartbeats.append(session)
+        self._presence(session, "connected")
+
+    def detach(self, session: Session, socket: Socket, *, linger: bool) -> None:
+        """The socket is gone; another one may have taken its place already."""
+        if session.socket is not socket:
+            return
+        session.socket = None
+        self._presence(session, "disconnected")
+        if session.state is not SessionState.LIVE:
+            return
+        if linger and self.settings.linger_s > 0 and not session.blind:
+            session.state = SessionState.LINGERING
+            session.waiting_since = self.now()
+            self.lingering.append((session.waiting_since, session))
+            self.cursor_moved(session)
+        else:
+            self.end(session)
+
+    def end(self, session: Session, *, keep_cursor: bool = True) -> None:
+        """Forget a session and its consumer; its cursor is written unless somebody else has it now."""
+        if session.has_ended():
+            return
+        started = session.state is not SessionState.STARTING
+        session.state = SessionState.ENDED
+        self.by_id.pop(session.id, None)
+        others = self.users[session.user]
+        others.remove(session)
+        if not others:
+            del self.users[session.user]
+        if session.consumer:
+            self.by_consumer.pop(session.consumer.encode(), None)
+            consumers.delete(self.connection, session.stream, session.consumer)
+        self.replaying.discard(session)
+        self.blind.discard(session)
+        self.broken.pop(session, None)
+        self.moved.pop(session, None)
+        self.room(session)
+        if keep_cursor and started and not session.blind:
+            self._release(session)
+
+    def _release(self, session: Session) -> None:
+        if len(self.released) >= _RELEASED_MOST:
+            # The store has been down for long: the oldest device pays with duplicates.
+            del self.released[next(iter(self.released))]
+        self.released[session.user, session.device] = self.update(session, release=True)
+
+    def close_socket(self, session: Session, reason: Close, farewell: bytes | None = None) -> None:
+        """Close the session's socket, if it has one, without waiting for it."""
+        socket = session.socket
+        if socket is not None:
+            self.detach(session, socket, linger=session.state is SessionState.LIVE and reason.reconnect)
+            self.spawn(socket.close(reason, farewell))
+
+    def replaced(self, session: Session) -> None:
+        """A newer session has the device: this one ends, and its client is told not to come back."""
+        sockets = [socket for socket in (session.socket, session.suitor) if socket is not None]
+        session.socket = session.suitor = None
+        self.end(session, keep_cursor=False)
+        for socket in sockets:
+            self.spawn(socket.close(codes.REPLACED))
+
+    def update(self, session: Session, *, release: bool = False) -> CursorUpdate:
+        holder = Holder(self.gateway, session.id)
+        return CursorUpdate(session.user, session.device, holder, session.window.cursor(), release)
+
+    # To the other devices of a user
+
+    async def tell_user(self, user: str, told: list[bytes], *, but: Session | None = None) -> None:
+        """Send frames to all live sessions of a user, here and on the other gateways that hold one."""
+        self.tell_here(user, told, but=but)
+        elsewhere = {holder.gateway for holder in await self.store.holders(user)} - {self.gateway}
+        message = orjson.dumps({"user": user, "frames": [frame.decode() for frame in told]})
+        for gateway in elsewhere:
+            self.connection.send(subject.gateway_user(gateway), message)
+
+    def tell_here(self, user: str, told: list[bytes], *, but: Session | None = None) -> None:
+        for session in self.live(user):
+            if session is not but and session.socket is not None and not session.socket.congested():
+                for frame in told:
+                    session.socket.send(frame)
+
+    def _presence(self, session: Session, event: str) -> None:
+        body = {"event": event, "device": session.device, "gateway": self.gateway, "time": time.time()}
+        self.connection.send(subject.presence(session.token), orjson.dumps(body))
+
+    def bye(self, spread_ms: int) -> bytes:
+        return frames.bye(secrets.randbelow(max(1, spread_ms)))

@@ -1,0 +1,71 @@
+"""What a client asks of its inbox: `inbox`, `mark` and `count`, answered by the store."""
+
+from __future__ import annotations
+
+import logging
+
+from tidings.wire import frames
+from tidings.wire.errors import BadPosition, StoreUnavailable, StreamUnavailable
+from tidings.wire.frames import Count, InboxQuery, Mark
+from tidings.wire.position import Position
+
+from .hub import Hub
+from .session import Session
+from .socket import Socket
+
+__all__ = ["Requests"]
+
+log = logging.getLogger("tidings.gateway")
+
+
+class Requests:
+    """Answers one request at a time for each call; the caller bounds how many are under way."""
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+
+    async def answer(self, session: Session, socket: Socket, request: InboxQuery | Mark | Count) -> None:
+        """Do what is asked and answer on the socket that asked."""
+        try:
+            if isinstance(request, InboxQuery):
+                socket.send(await self._inbox(session, request))
+            elif isinstance(request, Mark):
+                await self._mark(session, socket, request)
+            else:
+                socket.send(frames.ok(request.ref, unread=await self._hub.store.unread(session.user)))
+        except (StoreUnavailable, StreamUnavailable) as error:
+            log.warning("a request of session %s was not answered: %s", session.id, error)
+            code, message = StoreUnavailable.code, "the inbox does not answer now: ask again later"
+            socket.send(frames.error(code, message, request.ref))
+        except BadPosition as error:
+            socket.send(frames.error(error.code, str(error), request.ref))
+
+    async def _inbox(self, session: Session, query: InboxQuery) -> bytes:
+        page = await self._hub.store.page(session.user, before=query.before, limit=query.limit, filter=query.filter)
+        return frames.page(
+            query.ref,
+            ((str(item.position), item.seen, item.read, item.archived, item.body) for item in page.items),
+            None if page.next is None else str(page.next),
+        )
+
+    async def _mark(self, session: Session, socket: Socket, mark: Mark) -> None:
+        store, user = self._hub.store, session.user
+        told: list[bytes] = []
+        if mark.positions is None:
+            upto = self._newest(session)
+            await store.mark_all(user, upto, mark.as_)
+            told.append(frames.state(None, mark.as_, str(upto)))
+        elif mark.positions:
+            if not await self._hub.is_real(session, max(mark.positions)):
+                raise BadPosition(f"{max(mark.positions)} is a position that this mesh has not handed out yet")
+            await store.mark(user, mark.positions, mark.as_)
+            told.append(frames.state([str(position) for position in mark.positions], mark.as_))
+        socket.send(frames.ok(mark.ref))
+        badge = frames.count(await store.unread(user))
+        # The device that asked knows its own mark; the badge is news to all.
+        await self._hub.tell_user(user, [*told, badge], but=session)
+        socket.send(badge)
+
+    def _newest(self, session: Session) -> Position:
+        """Nothing above it can have been shown to the user by this session or the inbox."""
+        return max(session.window.last, self._hub.floors[session.partition])

@@ -1,0 +1,155 @@
+"""One device's WebSocket. aiohttp does the handshake, the parsing and the closing; a complete server frame is
+written straight to the transport, so that a send costs little more than the system call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import struct
+from collections.abc import Callable
+from typing import Any, Final
+
+from aiohttp import WSCloseCode, WSMsgType, web
+from aiohttp.abc import AbstractStreamWriter
+
+from tidings.wire import codes
+from tidings.wire.codes import Close
+from tidings.wire.frames import SUBPROTOCOL
+
+__all__ = ["Socket"]
+
+_PING: Final = b"\x89\x00"
+_SMALL: Final = 126
+_MEDIUM: Final = 65_536
+_CLOSE_WAIT_S: Final = 2.0
+_OURS: Final = {
+    WSCloseCode.MESSAGE_TOO_BIG: codes.FRAME_TOO_LARGE,
+    WSCloseCode.PROTOCOL_ERROR: codes.BAD_FRAME,
+    WSCloseCode.INVALID_TEXT: codes.BAD_FRAME,
+    WSCloseCode.UNSUPPORTED_DATA: codes.BAD_FRAME,
+}
+"""aiohttp's verdicts on a broken frame, as our catalogue says them."""
+
+log = logging.getLogger("tidings.gateway")
+
+
+class _Response(web.WebSocketResponse):
+    """aiohttp's WebSocket, closing with our codes where the client broke the protocol."""
+
+    async def close(self, *, code: int = WSCloseCode.OK, message: bytes = b"", drain: bool = True) -> bool:
+        verdict = _OURS.get(code)  # type: ignore[call-overload]
+        if verdict is not None:
+            code, message = verdict.code, verdict.name.encode()
+        return await super().close(code=code, message=message, drain=drain)
+
+
+class Socket:
+    """An accepted WebSocket. 14 KB, nearly all of it aiohttp's; no timer and no task but aiohttp's own handler."""
+
+    __slots__ = ("_closing", "_drain", "_limit", "_response", "_transport", "heard", "pinged", "stalled")
+
+    def __init__(self, frame_max_bytes: int, write_buffer_bytes: int) -> None:
+        self._response = _Response(
+            autoping=False,
+            compress=False,
+            protocols=(SUBPROTOCOL,),
+            max_msg_size=frame_max_bytes,
+            timeout=_CLOSE_WAIT_S,
+        )
+        self._limit = write_buffer_bytes
+        self._transport: asyncio.WriteTransport | None = None
+        self._drain: AbstractStreamWriter | None = None
+        self._closing = False
+        self.heard = True
+        """Something came since the last heartbeat."""
+        self.pinged = False
+        self.stalled = False
+        """Somebody waits for `drained`."""
+
+    async def accept(self, request: web.Request) -> web.WebSocketResponse:
+        """Shake hands. aiohttp answers what is no WebSocket request with 400."""
+        self._drain = await self._response.prepare(request)
+        transport: Any = request.transport
+        if transport is None:
+            raise ConnectionResetError("the client left during the handshake")
+        transport.set_write_buffer_limits(high=self._limit)
+        self._transport = transport
+        return self._response
+
+    @property
+    def open(self) -> bool:
+        return self._transport is not None and not self._closing and not self._transport.is_closing()
+
+    def congested(self) -> bool:
+        """More than the limit waits to be sent: send nothing until `drained` returns."""
+        return self.stalled or (self._transport is not None and self._transport.get_write_buffer_size() > self._limit)
+
+    def send(self, payload: bytes) -> None:
+        """Write one text frame (RFC 6455, section 5.2; a server does not mask). Lost when the socket is gone."""
+        size = len(payload)
+        if self._transport is None or self._closing:
+            return
+        if size < _SMALL:
+            head = bytes((0x81, size))
+        elif size < _MEDIUM:
+            head = struct.pack("!BBH", 0x81, 126, size)
+        else:
+            head = struct.pack("!BBQ", 0x81, 127, size)
+        self._transport.write(head + payload)
+
+    def ping(self) -> None:
+        if self._transport is not None and not self._closing:
+            self.pinged = True
+            self._transport.write(_PING)
+
+    async def drained(self, timeout_s: float) -> bool:
+        """Wait until the client has read enough; False when it does not within the time."""
+        if self._drain is None:
+            return False
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._drain.drain()
+        except (TimeoutError, ConnectionError):
+            return False
+        finally:
+            self.stalled = False
+        return True
+
+    async def receive(self, timeout_s: float | None = None) -> str | bytes | None:
+        """The next data frame; None when the connection has ended. Pings are answered on the way."""
+        while True:
+            message = await self._response.receive(timeout_s)
+            self.heard = True
+            self.pinged = False
+            if message.type is WSMsgType.TEXT or message.type is WSMsgType.BINARY:
+                return message.data  # type: ignore[no-any-return]
+            if message.type is WSMsgType.PING:
+                await self._response.pong(message.data)
+            elif message.type is not WSMsgType.PONG:
+                return None
+
+    async def serve(self, handle: Callable[[str | bytes], None]) -> None:
+        """Hand each frame to `handle` until the connection ends."""
+        while (frame := await self.receive()) is not None:
+            handle(frame)
+
+    async def close(self, reason: Close, farewell: bytes | None = None) -> None:
+        """Say why and close; gives the client two seconds to answer, and an unread buffer no more than that."""
+        if self._closing:
+            return
+        if farewell is not None:
+            self.send(farewell)
+        self._closing = True
+        try:
+            async with asyncio.timeout(_CLOSE_WAIT_S):
+                await self._response.close(code=reason.code, message=reason.name.encode())
+        except (TimeoutError, ConnectionError, RuntimeError) as error:
+            log.debug("a socket did not close in order: %s", error or type(error).__name__)
+        self.abort()
+
+    def abort(self) -> None:
+        """Drop the connection without a word."""
+        self._closing = True
+        if self._transport is not None:
+            self._transport.abort()

@@ -1,0 +1,1 @@
+"""The inbox agent: writes every notification to the store, then acknowledges it."""

@@ -1,0 +1,276 @@
+"""The inbox agent.
+
+Reads: every partition of the personal plane, through the shared durable consumer ``inbox``.
+Writes: rows to the store; dead letters to ``DEAD``; inbox floors (core NATS), once a second.
+Acks when: the row is durable in the store, or the body is durable as a dead letter.
+Crash costs: nothing. What was written and not acknowledged is redelivered, here or to another inbox agent, and
+written again under the same position, which changes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from typing import Final, NamedTuple
+
+import orjson
+
+from tidings.runtime.backoff import Backoff
+from tidings.runtime.service import Service
+from tidings.runtime.settings import Settings
+from tidings.store.port import InboxRow, Store
+from tidings.stream import consumers, topology
+from tidings.stream.connection import Connection, connect
+from tidings.stream.consumers import Delivery
+from tidings.stream.topology import INBOX, Topology, notify_stream
+from tidings.wire import subject
+from tidings.wire.errors import BadSubject, InvalidNotification, StoreUnavailable, StreamUnavailable, TidingsError
+from tidings.wire.notification import check
+from tidings.wire.position import Position
+
+__all__ = ["InboxAgent"]
+
+_PULL_EXPIRES_NS: Final = 30_000_000_000
+_EXPIRE_EVERY_S: Final = 600
+_DAY_NS: Final = 86_400_000_000_000
+
+
+class _Stored(NamedTuple):
+    """A row to be written, and where its message is acknowledged."""
+
+    row: InboxRow
+    reply: bytes
+
+
+class _Poison(NamedTuple):
+    """A message that is no notification."""
+
+    where: str
+    body: bytes
+    reply: bytes
+    delivery: Delivery
+    reason: str
+    detail: str
+
+
+class InboxAgent(Service):
+    """One inbox process; any number of them share the work. `store` is opened and closed by whoever made it.
+
+    Memory is bounded: at most four batches of notifications are asked for, and none while the store is down.
+    """
+
+    name = "inbox"
+
+    def __init__(self, settings: Settings, store: Store) -> None:
+        super().__init__()
+        self._settings = settings
+        self._store = store
+        self._id = secrets.token_hex(4)
+        self._connection: Connection
+        self._topology: Topology
+        self._rows: list[_Stored] = []
+        self._poison: list[_Poison] = []
+        self._some = asyncio.Event()
+        self._enough = asyncio.Event()
+        self._pull_size = 0
+        self._pull_left: list[int] = []
+        self._pulls: list[int] = []
+        self._others_announced = 0.0
+
+    async def _start(self) -> None:
+        self._connection = connection = await connect(self._settings, "tidings-inbox", found=self._reconnected)
+        self._topology = await topology.discover(connection)
+        partitions = self._topology.partitions
+        self._pull_size = max(8, 4 * self._settings.inbox_batch // partitions)
+        self._pull_left, self._pulls = [0] * partitions, [0] * partitions
+        await connection.listen(subject.inbox_pull(self._id, "*", "*"), self._receive)
+        await connection.listen(subject.INBOX_FLOOR, self._heard_floors)
+        await connection.flush()
+        for loop in (self._write, self._announce_floors, self._expire):
+            self.spawn(loop())
+        for partition in range(partitions):
+            self._pull(partition)
+        self.log.info("inbox agent %s reads %d partitions", self._id, partitions)
+
+    async def _stop(self) -> None:
+        if hasattr(self, "_connection"):
+            await self._connection.finish()
+
+    async def _reconnected(self) -> None:
+        """No pull survives a broken connection; what it had under way is redelivered."""
+        self.spawn(self._resume())
+
+    async def _resume(self) -> None:
+        """Read the streams' incarnations before anything of them: a position must name the right one."""
+        backoff = Backoff(0.1, 2.0)
+        while True:
+            try:
+                self._topology = await topology.discover(self._connection)
+                break
+            except TidingsError as error:
+                self.log.warning("the topology cannot be read: %s", error)
+                await asyncio.sleep(backoff.next())
+        for partition in range(self._topology.partitions):
+            self._pull(partition)
+
+    # Messages in
+
+    def _pull(self, partition: int) -> None:
+        """Ask for the partition's next messages, unless enough of them wait for the store."""
+        if len(self._rows) >= 4 * self._settings.inbox_batch:
+            self._pull_left[partition] = 0
+            return
+        self._pulls[partition] += 1
+        self._pull_left[partition] = self._pull_size
+        consumers.pull(
+            self._connection,
+            notify_stream(partition),
+            INBOX,
+            subject.inbox_pull(self._id, partition, self._pulls[partition]),
+            batch=self._pull_size,
+            expires_ns=_PULL_EXPIRES_NS,
+        )
+
+    def _pull_where_none(self) -> None:
+        for partition, left in enumerate(self._pull_left):
+            if left <= 0:
+                self._pull(partition)
+
+    def _receive(self, where: bytes, reply: bytes, header: bytes | None, body: bytes) -> None:
+        if not reply:
+            self._pull_ended(where, header)
+            return
+        text = where.decode()
+        delivery = consumers.parse_reply(reply)
+        partition = int(text.split(".", 2)[1])
+        try:
+            user = subject.user_of_part(text)
+            envelope = check(body)
+        except (InvalidNotification, BadSubject) as error:
+            self._poison.append(_Poison(text, body, reply, delivery, error.code, str(error)))
+        else:
+            position = Position(self._topology.incarnations[partition], delivery.stream_sequence)
+            row = InboxRow(user, position, envelope.id, envelope.type, envelope.topic, delivery.stored_ns, body)
+            self._rows.append(_Stored(row, reply))
+        self._some.set()
+        if len(self._rows) >= self._settings.inbox_batch:
+            self._enough.set()
+        self._pull_left[partition] -= 1
+        if self._pull_left[partition] <= 0:
+            self._pull(partition)
+
+    def _pull_ended(self, where: bytes, header: bytes | None) -> None:
+        """A pull expired, or the consumer did not answer."""
+        words = where.decode().split(".")
+        partition, number = int(words[2]), int(words[3])
+        if header is None or number != self._pulls[partition]:
+            return
+        status, description = consumers.status_of(header)
+        if status == 408:
+            self._pull(partition)
+        else:
+            self.log.debug("pull of partition %d ended: %d %s", partition, status, description.decode())
+            self._pull_left[partition] = 0
+
+    # Rows out
+
+    async def _write(self) -> None:
+        """Take what has come together and store it, for as long as the agent lives."""
+        delay_s = self._settings.inbox_delay_ms / 1000
+        while True:
+            await self._some.wait()
+            if len(self._rows) < self._settings.inbox_batch and delay_s:
+                try:
+                    async with asyncio.timeout(delay_s):
+                        await self._enough.wait()
+                except TimeoutError:
+                    self.log.debug("%d rows are company enough", len(self._rows))
+            self._some.clear()
+            self._enough.clear()
+            poison, self._poison = self._poison, []
+            for letter in poison:
+                await self._bury(letter)
+            while self._rows:
+                size = self._settings.inbox_batch
+                batch, self._rows = self._rows[:size], self._rows[size:]
+                await self._store_batch(batch)
+                self._pull_where_none()
+
+    async def _store_batch(self, batch: list[_Stored]) -> None:
+        """Store rows and acknowledge them; while the store is down, wait, and pull no more than is asked for."""
+        backoff = Backoff(0.1, 5.0)
+        rows = [stored.row for stored in batch]
+        while True:
+            try:
+                await self._store.append(rows)
+            except StoreUnavailable as error:
+                delay = backoff.next()
+                self.log.warning("%d rows wait %.1f s for the store: %s", len(rows), delay, error)
+                await asyncio.sleep(delay)
+            else:
+                break
+        for stored in batch:
+            self._connection.ack(stored.reply)
+
+    async def _bury(self, letter: _Poison) -> None:
+        """Make a dead letter of what is no notification; unacknowledged until that is durable."""
+        delivery = letter.delivery
+        self.log.warning(
+            "message %d on %s is no notification: %s", delivery.stream_sequence, letter.where, letter.detail
+        )
+        try:
+            await consumers.bury(
+                self._connection,
+                "user",
+                letter.body,
+                key=f"invalid.{delivery.stream.decode()}.{delivery.stored_ns}.{sequence}",
+                reason=letter.reason,
+                detail=letter.detail,
+                origin_subject=letter.where,
+                stream=delivery.stream.decode(),
+                sequence=sequence,
+                attempts=delivery.delivered,
+            )
+        except StreamUnavailable as error:
+            self.log.warning("the dead letter waits for its redelivery: %s", error)
+        else:
+            self._connection.ack(letter.reply, b"+TERM")
+
+    async def _expire(self) -> None:
+        """Forget what is older than the retention."""
+        while True:
+            try:
+                gone = await self._store.expire(time.time_ns() - self._settings.retention_days * _DAY_NS)
+                if gone:
+                    self.log.info("%d notifications are past their retention", gone)
+            except StoreUnavailable as error:
+                self.log.warning("old notifications are deleted later: %s", error)
+            await asyncio.sleep(_EXPIRE_EVERY_S)
+
+    # Floors
+
+    def _heard_floors(self, where: bytes, reply: bytes, header: bytes | None, body: bytes) -> None:
+        if b'"' + self._id.encode() + b'"' not in body:
+            self._others_announced = time.monotonic()
+
+    async def _announce_floors(self) -> None:
+        """Tell the gateways up to where everything is in the store; one agent's word is enough for all."""
+        interval = self._settings.floor_interval_s
+        while True:
+            if time.monotonic() - self._others_announced >= interval:
+                try:
+                    await self._announce()
+                except StreamUnavailable as error:
+                    self.log.debug("no floors are announced: %s", error)
+            # A pull that was refused (no consumer yet, a leader that moves) is tried again here.
+            self._pull_where_none()
+            await asyncio.sleep(interval * (1 + 0.1 * secrets.randbelow(5)))
+
+    async def _announce(self) -> None:
+        partitions = range(self._topology.partitions)
+        incarnations = self._topology.incarnations
+        floors = await asyncio.gather(*(consumers.inbox_floor(self._connection, number) for number in partitions))
+        if incarnations == self._topology.incarnations:
+            body = {"agent": self._id, "incarnations": incarnations, "floors": floors}
+            self._connection.send(subject.INBOX_FLOOR, orjson.dumps(body))
