@@ -215,10 +215,8 @@ class InboxAgent(Service):
 
     async def _bury(self, letter: _Poison) -> None:
         """Make a dead letter of what is no notification; unacknowledged until that is durable."""
-        delivery = letter.delivery
-        self.log.warning(
-            "message %d on %s is no notification: %s", delivery.stream_sequence, letter.where, letter.detail
-        )
+        delivery, sequence = letter.delivery, letter.delivery.stream_sequence
+        self.log.warning("message %d on %s is no notification: %s", sequence, letter.where, letter.detail)
         try:
             await consumers.bury(
                 self._connection,

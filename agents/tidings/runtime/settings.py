@@ -38,7 +38,7 @@ class Settings:
     nats_credentials: str = _text("", "path of a NATS credentials file; empty for none")
     partitions: int = _number(64, 1, 1024, "partitions of the personal plane; fixed when the topology is created")
     replicas: int = _number(3, 1, 5, "replicas of every stream")
-    stream_max_age_s: int = _number(21_600, 10, 2_592_000, "how long the log keeps a notification")
+    stream_max_age_s: int = _number(21_600, 1, 2_592_000, "how long the log keeps a notification")
     stream_max_bytes: int = _number(-1, -1, 2**50, "most bytes of one partition's stream; -1 for no limit")
     stream_max_consumers: int = _number(100_000, 10, 1_000_000, "most consumers of one partition's stream")
     dead_max_age_s: int = _number(2_592_000, 60, 31_536_000, "how long dead letters are kept")

@@ -1,0 +1,217 @@
+"""The development mesh: one command, one process and its nats-server, everything in one folder.
+
+::
+
+    state folder (locked) -> nats-server -> streams and mapping -> store -> inbox agent -> gateway with the page
+
+They stop in the opposite order. All agents are the ones that run in production; only their number, the store and
+the settings below differ.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import errno
+import socket
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any, Final
+
+from tidings.gateway.agent import Gateway
+from tidings.inbox.agent import InboxAgent
+from tidings.publish.publisher import Publisher
+from tidings.runtime.backoff import Backoff
+from tidings.runtime.service import Service, State
+from tidings.runtime.settings import Settings
+from tidings.store.factory import open_store_url
+from tidings.store.port import Store
+from tidings.stream import topology
+from tidings.stream.connection import ApiError, Connection, connect
+from tidings.stream.server import NatsServer
+from tidings.wire.errors import StartFailed, StoreUnavailable, StreamUnavailable, TopologyMismatch
+
+from .routes import Routes
+from .state import StateFolder
+
+__all__ = ["DevMesh"]
+
+_DRAIN_S: Final = 0.7
+_AGENTS_STOP_S: Final = 1.0
+_CLOSE_S: Final = 0.4
+"""With two seconds for nats-server, all of it is less than the five that a Ctrl-C may take."""
+
+
+class DevMesh(Service):
+    """A whole mesh on a state folder. Give `settings` with the HTTP host and port; the rest is set here."""
+
+    name = "dev"
+
+    def __init__(self, settings: Settings, state: Path, *, nats_port: int = 4222, fresh: bool = False) -> None:
+        super().__init__()
+        self.folder = StateFolder(state)
+        self.settings = settings
+        self._fresh = fresh
+        self._nats_port = nats_port
+        self._nats: NatsServer | None = None
+        self._connection: Connection | None = None
+        self._store: Store | None = None
+        self._publisher: Publisher | None = None
+        self._inbox: InboxAgent | None = None
+        self._gateway: Gateway | None = None
+
+    @property
+    def nats(self) -> NatsServer:
+        if self._nats is None:
+            raise RuntimeError("the mesh was not started")
+        return self._nats
+
+    @property
+    def http_url(self) -> str:
+        """Of the page; a mesh that listens everywhere is reached at the loopback address too."""
+        if self._gateway is None:
+            raise RuntimeError("the mesh was not started")
+        host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.settings.host, self.settings.host)
+        return f"http://{f'[{host}]' if ':' in host else host}:{self._gateway.port}"
+
+    async def _start(self) -> None:
+        _check_port(self.settings.host, self.settings.port)
+        self.folder.open(fresh=self._fresh)
+        key = self.folder.key()
+        self._nats = NatsServer(self.folder.nats, port=self._nats_port, partitions=self.folder.marker.partitions)
+        await self._nats.start()
+        self.settings = self._embedded(self._nats.url, key)
+        self._connection = await connect(self.settings, "tidings-dev", found=self._nats_is_back)
+        await self._make_streams(self._connection)
+        await topology.probe_mapping(self._connection, self.settings.partitions)
+        self._store = await self._open_store()
+        await self._start_agents(self._store)
+        self.folder.note_running(self._nats.url, self.http_url)
+
+    def _embedded(self, nats_url: str, key: str) -> Settings:
+        return dataclasses.replace(
+            self.settings,
+            nats_url=nats_url,
+            nats_credentials="",
+            partitions=self.folder.marker.partitions,
+            replicas=1,
+            store_url=self.folder.store_url,
+            token_key=key,
+            drain_s=min(self.settings.drain_s, _DRAIN_S),
+        )
+
+    async def _make_streams(self, connection: Connection) -> None:
+        """Create or verify the topology. What was made once and is missing now was lost, and is not made anew."""
+        try:
+            await self._apply(connection)
+        except (TopologyMismatch, ApiError) as error:
+            raise self._damaged(f"the stored streams in {self.nats.store_dir} are damaged: {error}") from None
+        self.folder.note_streams_made()
+
+    async def _apply(self, connection: Connection) -> None:
+        changes = await topology.plan(connection, self.settings)
+        lost = [change.text for change in changes if change.request.startswith("STREAM.CREATE.")]
+        if self.folder.marker.streams_made and lost:
+            raise TopologyMismatch(f"{len(lost)} are missing ({', '.join(lost)[:200]})")
+        await topology.apply(connection, self.settings)
+
+    async def _nats_is_back(self) -> None:
+        # Called while nats-py is still busy reconnecting: requests wait for it to be done.
+        if self.state in (State.STARTING, State.READY):
+            self.spawn(self._verify_streams())
+
+    async def _verify_streams(self) -> None:
+        """After a restart of nats-server: its state is on disk, so normally nothing is to be done."""
+        backoff = Backoff(0.1, 2.0)
+        while self._connection is not None:
+            try:
+                await self._apply(self._connection)
+            except StreamUnavailable as error:
+                self.log.warning("the streams cannot be verified: %s", error)
+                await asyncio.sleep(backoff.next())
+            else:
+                return
+
+    async def _open_store(self) -> Store:
+        store = open_store_url(self.settings.store_url)
+        try:
+            await store.open()
+        except StoreUnavailable as error:
+            await store.close()
+            raise self._damaged(f"the inbox cannot be opened: {error}") from None
+        return store
+
+    def _damaged(self, what: str) -> StartFailed:
+        return StartFailed(
+            f"{what}. Put a copy of the state folder {self.folder.path} back, or begin anew with --fresh, "
+            "which deletes what is stored there"
+        )
+
+    async def _start_agents(self, store: Store) -> None:
+        # The inbox agent first: it announces the floors from which a gateway's sessions catch up.
+        self._inbox = InboxAgent(self.settings, store)
+        await self._inbox.start()
+        routes = Routes(self.settings)
+        self._gateway = Gateway(self.settings, store, routes=routes.add_to)
+        self._publisher = routes.publisher = Publisher(self.settings.nats_url)
+        await self._publisher.open()
+        await self._gateway.start()
+        for service in (self.nats, self._inbox, self._gateway):
+            self.spawn(service.failed())
+
+    async def _drain(self) -> None:
+        if self._gateway is not None:
+            await self._within(_DRAIN_S + 0.3, "the gateway drains", self._gateway.drain())
+
+    async def _stop(self) -> None:
+        try:
+            await self._stop_agents()
+        finally:
+            if self._nats is not None:
+                await self._nats.stop()
+            self.folder.close()
+
+    async def _stop_agents(self) -> None:
+        agents = [agent.stop() for agent in (self._gateway, self._inbox) if agent is not None]
+        if self._publisher is not None:
+            agents.append(self._publisher.close())
+        await self._within(_AGENTS_STOP_S, "the agents stop", *agents)
+        if self._connection is not None:
+            await self._within(_CLOSE_S, "the connection closes", self._connection.finish())
+        if self._store is not None:
+            await self._within(_CLOSE_S, "the store closes", self._store.close())
+
+    async def _within(self, seconds: float, what: str, *works: Coroutine[Any, Any, None]) -> None:
+        """Leave what hangs behind: the process ends, and all that matters is stored and can be read again."""
+        try:
+            async with asyncio.timeout(seconds):
+                await asyncio.gather(*works)
+        except TimeoutError:
+            self.log.warning("%s for longer than %.1f s: left behind", what, seconds)
+
+
+def _check_port(host: str, port: int) -> None:
+    """Fail before anything is started; the gateway finds the same out later, after much that is then stopped again."""
+    try:
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise StartFailed(
+            f"no address is known for the host {host!r}: {error.strerror}. Choose another --host"
+        ) from None
+    for family, kind, protocol, _, address in found:
+        with socket.socket(family, kind, protocol) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                trial.bind(address)
+            except OSError as error:
+                raise _cannot_listen(host, port, error) from None
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> StartFailed:
+    if error.errno == errno.EADDRINUSE:
+        reason = "the port is in use: stop the program that has it, or choose another with --port (0 for any free one)"
+    elif error.errno == errno.EACCES:
+        reason = "this user may not listen on that port: choose one above 1023 with --port"
+    else:
+        reason = f"{error.strerror}: choose an address of this machine with --host"
+    return StartFailed(f"the page cannot be served on {host}:{port}, {reason}")

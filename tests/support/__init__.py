@@ -1,0 +1,1 @@
+"""What the suites share: a mesh of real processes, devices, a ledger, faults with names."""
