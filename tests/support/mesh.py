@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import orjson
-from tidings.store.factory import open_store_url
 
 from tidings.runtime.settings import Settings
 from tidings.runtime.tokens import issue
+from tidings.store.factory import open_store_url
 from tidings.store.port import Store
 from tidings.stream import topology
 from tidings.stream.connection import Connection, connect
@@ -136,13 +136,21 @@ class Mesh:
         await agent.said(r"reads \d+ partitions")
         return agent
 
-    async def _start(self, kind: str, changed: dict[str, Any]) -> Agent:
+    async def stuck_inbox(self) -> Agent:
+        """An inbox process that stores and then neither acknowledges nor goes on."""
+        return await self._start("inbox", {}, program=[str(Path(__file__).with_name("stuck_inbox.py"))])
+
+    async def _start(self, kind: str, changed: dict[str, Any], program: list[str] | None = None) -> Agent:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("TIDINGS_")}
         for name in {**QUICK, "nats_url": "", "store_url": "", **changed}:
             value = changed.get(name, getattr(self.settings, name))
             environment[f"TIDINGS_{name.upper()}"] = str(value)
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "tidings", kind, env=environment, stderr=asyncio.subprocess.PIPE, cwd=self.folder
+            sys.executable,
+            *(program or ["-m", "tidings", kind]),
+            env=environment,
+            stderr=asyncio.subprocess.PIPE,
+            cwd=self.folder,
         )
         agent = Agent(kind, process)
         self._exit.push_async_callback(agent.stop)
@@ -202,10 +210,10 @@ class Mesh:
         letters = []
         info = await self.connection.api("STREAM.INFO.DEAD")
         js = self.connection.jetstream()
-        for sequence in range(info["state"]["first_seq"], info["state"]["last_seq"] + 1):
+        for sequence in range(max(1, info["state"]["first_seq"]), info["state"]["last_seq"] + 1):
             message = await js.get_msg("DEAD", sequence)
             headers = {name.lower(): value for name, value in (message.headers or {}).items()}
-            letters.append({**headers, "body": message.data})
+            letters.append({**headers, "body": message.data or b""})
         return letters
 
     async def close(self) -> None:

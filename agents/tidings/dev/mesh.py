@@ -34,7 +34,7 @@ from tidings.wire.errors import StartFailed, StoreUnavailable, StreamUnavailable
 from .routes import Routes
 from .state import StateFolder
 
-__all__ = ["DevMesh"]
+__all__ = ["DevMesh", "embedded"]
 
 _DRAIN_S: Final = 0.7
 _AGENTS_STOP_S: Final = 1.0
@@ -80,25 +80,13 @@ class DevMesh(Service):
         key = self.folder.key()
         self._nats = NatsServer(self.folder.nats, port=self._nats_port, partitions=self.folder.marker.partitions)
         await self._nats.start()
-        self.settings = self._embedded(self._nats.url, key)
+        self.settings = embedded(self.settings, self.folder, self._nats.url, key)
         self._connection = await connect(self.settings, "tidings-dev", found=self._nats_is_back)
         await self._make_streams(self._connection)
         await topology.probe_mapping(self._connection, self.settings.partitions)
         self._store = await self._open_store()
         await self._start_agents(self._store)
         self.folder.note_running(self._nats.url, self.http_url)
-
-    def _embedded(self, nats_url: str, key: str) -> Settings:
-        return dataclasses.replace(
-            self.settings,
-            nats_url=nats_url,
-            nats_credentials="",
-            partitions=self.folder.marker.partitions,
-            replicas=1,
-            store_url=self.folder.store_url,
-            token_key=key,
-            drain_s=min(self.settings.drain_s, _DRAIN_S),
-        )
 
     async def _make_streams(self, connection: Connection) -> None:
         """Create or verify the topology. What was made once and is missing now was lost, and is not made anew."""
@@ -188,6 +176,20 @@ class DevMesh(Service):
                 await asyncio.gather(*works)
         except TimeoutError:
             self.log.warning("%s for longer than %.1f s: left behind", what, seconds)
+
+
+def embedded(settings: Settings, folder: StateFolder, nats_url: str, key: str) -> Settings:
+    """The settings of a mesh on a state folder: its own server, store and key, whatever the environment says."""
+    return dataclasses.replace(
+        settings,
+        nats_url=nats_url,
+        nats_credentials="",
+        partitions=folder.marker.partitions,
+        replicas=1,
+        store_url=folder.store_url,
+        token_key=key,
+        drain_s=min(settings.drain_s, _DRAIN_S),
+    )
 
 
 def _check_port(host: str, port: int) -> None:

@@ -20,6 +20,7 @@ import shutil
 import time
 from pathlib import Path
 from typing import Any, Final, NamedTuple
+from urllib.parse import quote
 
 import orjson
 
@@ -78,7 +79,7 @@ class StateFolder:
 
     @property
     def store_url(self) -> str:
-        return f"sqlite:///{self.path / _DATABASE}"
+        return f"sqlite:///{quote(str(self.path / _DATABASE))}"
 
     def open(self, *, fresh: bool = False) -> None:
         """Take the folder for this process, make it if need be, and check it; `fresh` empties it first."""
@@ -89,10 +90,20 @@ class StateFolder:
                 self._check_owner()
                 if fresh:
                     self._empty()
-                self._read_marker()
+                if (self.path / _MARKER).exists():
+                    self._read_marker()
+                else:
+                    self._write_marker()
             except BaseException:
                 self.close()
                 raise
+        except OSError as error:
+            raise self._unusable(error) from None
+
+    def look(self) -> None:
+        """Read what the marker says, without taking the folder."""
+        try:
+            self._read_marker()
         except OSError as error:
             raise self._unusable(error) from None
 
@@ -161,9 +172,6 @@ class StateFolder:
 
     def _read_marker(self) -> None:
         file = self.path / _MARKER
-        if not file.exists():
-            self._write_marker()
-            return
         try:
             said: dict[str, Any] = orjson.loads(file.read_bytes())
             found, marker = int(said["format"]), Marker(int(said["partitions"]), bool(said["streams_made"]))

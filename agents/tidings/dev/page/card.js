@@ -115,7 +115,7 @@ export class Card {
     listen("status", (detail) => this.#renderStatus(detail));
     listen("welcome", () => this.#welcomed());
     listen("notification", (detail) => this.#delivered(detail));
-    listen("caughtup", ({ items }) => items && this.#refresh());
+    listen("caughtup", ({ items }) => items && this.#refresh(true));
     listen("acked", ({ pos }) => this.#acked(pos));
     listen("unread", ({ unread }) => this.#renderBadge(unread));
     listen("marked", (detail) => this.#marked(detail));
@@ -181,10 +181,10 @@ export class Card {
 
   // The inbox
 
-  async #refresh() {
+  async #refresh(settled = false) {
     const page = await this.#ask({ limit: Math.min(MAX_PAGE, Math.max(PAGE, this.#list.size)) });
     if (!page) return;
-    this.#list.showNewest(page);
+    this.#list.showNewest(page, settled);
     this.#renderFoot();
     if (this.#gapAt !== null) this.#socket.ackUpto(this.#gapAt);
     this.#gapAt = null;

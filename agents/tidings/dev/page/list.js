@@ -153,19 +153,43 @@ export class List {
     }
   }
 
-  /** The newest page is the truth: what this connection has not confirmed and the page does not list, goes. */
-  showNewest({ items, next }) {
+  /**
+   * The newest page is the truth: what this connection has not confirmed and the page does not list, goes.
+   * @param {boolean} settled the inbox has had time to store what was delivered
+   */
+  showNewest({ items, next }, settled) {
     if (!this.#paged) this.next = next;
     const listed = this.#take(items);
     for (const row of this.rows) {
       if (row.epoch !== this.#epoch && row.owed.size === 0) this.#remove(row);
     }
-    // A page is one run of the inbox: whatever else is here is newer, or older, than all of it.
+    this.#arrange(this.#around(listed, settled));
+  }
+
+  /**
+   * The list's order with a page in it. A page is one run of the inbox: what is not listed is newer or older than
+   * all of it, or has only now been delivered from the midst of it.
+   */
+  #around(listed, settled) {
     const all = [...this.#element.children];
-    const others = all.filter((item) => !listed.has(item));
-    const anchor = all.findIndex((item) => listed.has(item));
-    const newer = anchor < 0 ? others : others.slice(0, anchor);
-    this.#arrange([...newer, ...listed, ...others.slice(newer.length)]);
+    const first = all.findIndex((item) => listed.has(item));
+    if (first < 0) return [...all, ...listed];
+    const last = all.findLastIndex((item) => listed.has(item));
+    const amid = new Map(); // listed item -> what comes below it
+    let above = null;
+    for (const item of all.slice(first, last + 1)) {
+      if (listed.has(item)) amid.set((above = item), []);
+      else if (settled && this.#isArchived(item)) this.#remove(this.#rows.get(item.dataset.id));
+      else amid.get(above).push(item);
+    }
+    const page = [...listed].flatMap((item) => [item, ...(amid.get(item) ?? [])]);
+    return [...all.slice(0, first), ...page, ...all.slice(last + 1)];
+  }
+
+  /** Caught up in order, and left out by a page that lists its neighbours: archived on another device meanwhile. */
+  #isArchived(item) {
+    const { caughtUp, tries } = this.#rows.get(item.dataset.id);
+    return caughtUp && tries === 1;
   }
 
   showOlder({ items, next }) {

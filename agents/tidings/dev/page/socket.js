@@ -29,7 +29,7 @@ const CONNECT_MS = 15_000; // from the first attempt to the welcome
 const ANSWER_MS = 10_000; // for a request, and for a ping
 const BACKOFF_MS = { least: 500, most: 15_000 };
 const STABLE_MS = 5_000; // a connection that lasted so long ends the back-off
-const CATCH_UP_MS = { quiet: 500, most: 5_000 };
+const CATCH_UP_MS = { quiet: 300, most: 5_000 };
 const SETTLE_MS = 1_000; // how far the inbox may be behind what was just delivered
 
 /** Close codes after which the same client must not simply come back. */
@@ -341,8 +341,7 @@ export class TidingsSocket extends EventTarget {
       const known = this.#recent.get(n.id);
       this.#recent.set(n.id, "delivered");
       if (!known) this.#newestAt = Date.now();
-      // While catching up the welcome's count has most of them already; the count is asked for afterwards.
-      if (!known && !this.#catchingUp && this.unread !== null) this.#setUnread(this.unread + 1);
+      if (!known && !this.#catchingUp) this.#countOneMore();
       const again = known === "delivered";
       if (this.#catchingUp && !again) this.#caughtUp += 1;
       this.#emit("notification", { pos, try: attempt, n, again, caughtUp: this.#catchingUp });
@@ -357,6 +356,13 @@ export class TidingsSocket extends EventTarget {
     this.#catchingUp = false;
     this.#emit("caughtup", { items: this.#caughtUp });
     if (this.#caughtUp > 0 || this.unread === null) this.#recount();
+  }
+
+  /** While catching up nothing is added: the welcome has counted most of it, and the count is asked for at the end. */
+  #countOneMore() {
+    if (this.unread !== null) this.#setUnread(this.unread + 1);
+    // A straggler of the catch-up looks like this too.
+    if (Date.now() - this.#welcomedAt < CATCH_UP_MS.most) this.#after("count", SETTLE_MS, () => this.#recount());
   }
 
   #recount() {

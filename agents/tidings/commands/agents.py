@@ -1,0 +1,55 @@
+"""``tidings gateway`` and ``tidings inbox``: one agent as a process of its own."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from .common import Commands, load, run, serve
+
+if TYPE_CHECKING:
+    from tidings.runtime.service import Service
+    from tidings.runtime.settings import Settings
+    from tidings.store.port import Store
+
+__all__ = ["register"]
+
+
+def register(commands: Commands[argparse.ArgumentParser], common: argparse.ArgumentParser) -> None:
+    gateway = commands.add_parser(
+        "gateway", parents=[common], help="run one gateway: devices connect to it", description=_gateway.__doc__
+    )
+    gateway.add_argument("--host", help="address to listen on (default: the setting host)")
+    gateway.add_argument("--port", type=int, help="port to listen on, 0 for any (default: the setting port)")
+    gateway.set_defaults(run=_gateway)
+    inbox = commands.add_parser(
+        "inbox", parents=[common], help="run one inbox agent: it stores notifications", description=_inbox.__doc__
+    )
+    inbox.set_defaults(run=_inbox)
+
+
+def _gateway(args: argparse.Namespace) -> int:
+    """A gateway, configured by the environment (TIDINGS_…) or --config, until SIGINT or SIGTERM."""
+    from tidings.gateway.agent import Gateway
+
+    return run(_agent(load(args, host=args.host, port=args.port), Gateway))
+
+
+def _inbox(args: argparse.Namespace) -> int:
+    """An inbox agent, configured by the environment (TIDINGS_…) or --config, until SIGINT or SIGTERM."""
+    from tidings.inbox.agent import InboxAgent
+
+    return run(_agent(load(args), InboxAgent))
+
+
+async def _agent(settings: Settings, make: Callable[[Settings, Store], Service]) -> int:
+    from tidings.store.factory import open_store_url
+
+    store = open_store_url(settings.store_url)
+    agent = make(settings, store)
+    try:
+        await store.open()
+        return await serve(agent)
+    finally:
+        await store.close()

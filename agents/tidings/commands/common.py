@@ -1,0 +1,117 @@
+"""What commands share: settings, the event loop, and running an agent until it is told to stop."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from tidings.wire.errors import TidingsError
+
+if TYPE_CHECKING:
+    from tidings.runtime.service import Service
+    from tidings.runtime.settings import Settings
+
+__all__ = ["DEFAULT_STATE", "Commands", "add_nats", "add_state", "duration", "load", "run", "serve"]
+
+Commands = argparse._SubParsersAction  # its own name is private, and there is no other
+DEFAULT_STATE: Final = Path(".tidings")
+
+_UNITS: Final = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
+_FORCED: Final = 130
+_Result = TypeVar("_Result")
+
+
+def add_state(parser: argparse.ArgumentParser, *, default: Path | None = DEFAULT_STATE) -> None:
+    """The option ``--state``."""
+    parser.add_argument(
+        "--state",
+        metavar="DIR",
+        type=Path,
+        default=default,
+        help=f"state folder of `tidings dev` (default: {DEFAULT_STATE})",
+    )
+
+
+def add_nats(parser: argparse.ArgumentParser) -> None:
+    """The option ``--nats``."""
+    parser.add_argument("--nats", metavar="URL", help="NATS servers, comma-separated (default: the setting nats_url)")
+
+
+def duration(text: str) -> int:
+    """Seconds of a text such as ``90s``, ``15m``, ``1h`` or ``7d``."""
+    found = re.fullmatch(r"([1-9][0-9]{0,8})([smhd]?)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no duration: write 90s, 15m, 1h or 7d")
+    return int(found[1]) * _UNITS[found[2]]
+
+
+def load(args: argparse.Namespace, **given: Any) -> Settings:
+    """The settings of this run, with logging set up as they say."""
+    from tidings.runtime import logs
+    from tidings.runtime.settings import Settings
+
+    settings = Settings.load(file=args.config, **given)
+    logs.set_up(settings.log_level)
+    return settings
+
+
+def run(work: Coroutine[Any, Any, _Result]) -> _Result:
+    """Run a coroutine on uvloop."""
+    import uvloop
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(work)
+
+
+async def serve(service: Service, started: Callable[[], None] | None = None) -> int:
+    """Start, run until SIGINT or SIGTERM, drain, stop. A second signal ends the process at once.
+
+    Raises what made the start fail, or `TidingsError` when the service dies later.
+    """
+    told = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, _on_signal, told)
+    stopping = asyncio.ensure_future(told.wait())
+    starting = asyncio.ensure_future(service.start())
+    try:
+        await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            await starting
+            if started is not None:
+                started()
+            await _until_told(service, stopping)
+            await service.drain()
+    finally:
+        stopping.cancel()
+        await service.stop()
+        await asyncio.wait({starting})
+    return 0
+
+
+async def _until_told(service: Service, stopping: asyncio.Future[Any]) -> None:
+    failing = asyncio.ensure_future(service.failed())
+    await asyncio.wait({failing, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    if not failing.done():
+        failing.cancel()
+        return
+    error = failing.exception()
+    if isinstance(error, TidingsError):
+        raise error
+    raise TidingsError(f"{service.name} failed and was stopped: {type(error).__name__}: {error}") from error
+
+
+def _on_signal(told: asyncio.Event) -> None:
+    if told.is_set():
+        # Whatever hangs, hangs. A child nats-server is told by the kernel, or found at the next start.
+        sys.stderr.write("tidings: stopped at once\n")
+        sys.stderr.flush()
+        os._exit(_FORCED)
+    told.set()

@@ -1,0 +1,81 @@
+"""``tidings dev``: the whole mesh in one command."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from typing import TYPE_CHECKING, Final
+
+from .common import DEFAULT_STATE, Commands, add_state, load, run, serve
+
+if TYPE_CHECKING:
+    from tidings.dev.mesh import DevMesh
+
+__all__ = ["register"]
+
+_DEFAULT_HTTP: Final = "http://127.0.0.1:8080"
+_DEFAULT_NATS: Final = "nats://127.0.0.1:4222"
+_LOOPBACK: Final = ("127.0.0.1", "localhost", "::1")
+_EVENT: Final = '{"specversion":"1.0","id":"like-1","source":"shell","type":"social.like","data":{"text":"hi"}}'
+
+
+def register(commands: Commands[argparse.ArgumentParser], common: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser(
+        "dev", parents=[common], help="run everything on this machine", description=_dev.__doc__
+    )
+    parser.add_argument("--host", help="address of the page and the WebSockets (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, help="port of both, 0 for any (default: 8080)")
+    parser.add_argument("--nats-port", type=_port, default=4222, help="port of NATS, 0 for any (default: 4222)")
+    parser.add_argument("--fresh", action="store_true", help="delete what the state folder holds first")
+    add_state(parser)
+    parser.set_defaults(run=_dev)
+
+
+def _port(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) > 65_535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port: write a number from 0 to 65535")
+    return int(text)
+
+
+def _dev(args: argparse.Namespace) -> int:
+    """NATS with JetStream, the agents on SQLite, and a page to try it all, until Ctrl-C. A second start finds
+    everything again. For one machine: NATS is open to its users, and the page hands out tokens.
+    """
+    from tidings.dev.mesh import DevMesh
+
+    settings = load(args, host=args.host, port=args.port)
+
+    async def main() -> int:
+        mesh = DevMesh(settings, args.state, nats_port=args.nats_port, fresh=args.fresh)
+        return await serve(mesh, started=lambda: print(_greeting(mesh, args), flush=True))
+
+    return run(main())
+
+
+def _greeting(mesh: DevMesh, args: argparse.Namespace) -> str:
+    http, nats = mesh.http_url, mesh.nats.url
+    state = [] if args.state == DEFAULT_STATE else ["--state", str(args.state)]
+    to_nats = [] if nats == _DEFAULT_NATS else ["--nats", nats]
+    listen = shlex.join(["tidings", "listen", "--user", "alice", *state])
+    publish = shlex.join(
+        ["tidings", "publish", "--user", "alice", "--type", "social.like", "--data", '{"text":"hi"}', *to_nats]
+    )
+    plain = shlex.join(["nats", "-s", nats, "pub", "--jetstream", "notify.user.alice", _EVENT])
+    lines = [
+        "",
+        f"  Page       {http}/",
+        f"  WebSocket  ws{http.removeprefix('http')}/v1/ws",
+        f"  NATS       {nats}",
+        f"  State      {mesh.folder.path}",
+        "",
+        "  In other terminals:",
+        f"    {listen}",
+        f"    {publish}",
+        "  or, with any NATS client (an id is one notification, however often it is published):",
+        f"    {plain}",
+        "",
+        "  Ctrl-C stops it all; the next start finds everything again.",
+    ]
+    if mesh.settings.host not in _LOOPBACK:
+        lines.append(f"  Everybody who reaches {mesh.settings.host} can have a token of any user here.")
+    return "\n".join(lines)

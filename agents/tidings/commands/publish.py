@@ -1,0 +1,50 @@
+"""``tidings publish``: one notification to one user."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from tidings.wire.errors import InvalidNotification
+
+from .common import Commands, add_nats, load, run
+
+if TYPE_CHECKING:
+    from tidings.runtime.settings import Settings
+
+__all__ = ["register"]
+
+
+def register(commands: Commands[argparse.ArgumentParser], common: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser(
+        "publish", parents=[common], help="publish a notification to a user", description=_publish.__doc__
+    )
+    parser.add_argument("--user", required=True, help="whom it is for")
+    parser.add_argument("--type", required=True, help="what happened, such as social.like")
+    parser.add_argument("--data", metavar="JSON", help="what the device gets to show")
+    parser.add_argument("--id", help="the same id is the same notification: use it to try again (default: a new one)")
+    add_nats(parser)
+    parser.set_defaults(run=_publish)
+
+
+def _publish(args: argparse.Namespace) -> int:
+    """Publish a notification and wait until it is stored. Prints its id, its stream and its place in there."""
+    data = None
+    if args.data is not None:
+        try:
+            data = orjson.loads(args.data)
+        except orjson.JSONDecodeError as error:
+            raise InvalidNotification(f"--data is not JSON: {error}. Quote text, as in '\"hi\"'") from None
+    return run(_send(load(args, nats_url=args.nats), args, data))
+
+
+async def _send(settings: Settings, args: argparse.Namespace, data: Any) -> int:
+    from tidings.publish.publisher import Publisher
+
+    async with Publisher(settings) as publisher:
+        published = await publisher.publish(args.user, type=args.type, data=data, id=args.id)
+    again = " (it was there already)" if published.duplicate else ""
+    print(f"{published.id} {published.stream} {published.seq}{again}")
+    return 0

@@ -1,0 +1,86 @@
+"""``tidings topology plan|apply|show``: the streams and shared consumers on the server."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+from .common import Commands, add_nats, load, run
+
+if TYPE_CHECKING:
+    from tidings.runtime.settings import Settings
+    from tidings.stream.connection import Connection
+
+__all__ = ["register"]
+
+
+def register(commands: Commands[argparse.ArgumentParser], common: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser("topology", parents=[common], help="the streams on the NATS server")
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    for name, action, text in (
+        ("plan", _plan, "say what apply would change"),
+        ("apply", _apply, "make the streams as the settings want them, and check the subject mapping"),
+        ("show", _show, "say what is there"),
+    ):
+        sub = actions.add_parser(name, parents=[common], help=text, description=text)
+        add_nats(sub)
+        sub.set_defaults(run=_run, action=action)
+
+
+def _run(args: argparse.Namespace) -> int:
+    return run(_with_connection(load(args, nats_url=args.nats), args.action))
+
+
+async def _with_connection(settings: Settings, action: Callable[[Connection, Settings], Awaitable[None]]) -> int:
+    from tidings.stream.connection import connect
+
+    connection = await connect(settings, "tidings-topology")
+    try:
+        await action(connection, settings)
+    finally:
+        await connection.finish()
+    return 0
+
+
+async def _plan(connection: Connection, settings: Settings) -> None:
+    from tidings.stream import topology
+
+    changes = await topology.plan(connection, settings)
+    for change in changes:
+        print(change.text)
+    print(f"{len(changes)} to do: `tidings topology apply` does it" if changes else "nothing to do")
+
+
+async def _apply(connection: Connection, settings: Settings) -> None:
+    from tidings.stream import topology
+
+    changes = await topology.apply(connection, settings)
+    for change in changes:
+        print(change.text)
+    print(f"{len(changes)} done" if changes else "nothing to do")
+    await topology.probe_mapping(connection, settings.partitions)
+
+
+async def _show(connection: Connection, settings: Settings) -> None:
+    from tidings.stream import topology
+
+    found = await topology.discover(connection)
+    print(f"{found.partitions} partitions")
+    rows = [("stream", "messages", "bytes", "replicas", "consumers", "inbox behind", "incarnation")]
+    for number, incarnation in enumerate(found.incarnations):
+        name = topology.notify_stream(number)
+        inbox = await connection.api(f"CONSUMER.INFO.{name}.{topology.INBOX}")
+        behind = inbox["num_pending"] + inbox["num_ack_pending"]
+        rows.append((*_numbers(await connection.api(f"STREAM.INFO.{name}")), str(behind), f"{incarnation:x}"))
+    rows.append((*_numbers(await connection.api(f"STREAM.INFO.{topology.DEAD}")), "", ""))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _numbers(info: dict[str, Any]) -> tuple[str, str, str, str, str]:
+    config, state = info["config"], info["state"]
+    values = (state["messages"], state["bytes"], config["num_replicas"], state["consumer_count"])
+    messages, size, replicas, consumers = map(str, values)
+    return config["name"], messages, size, replicas, consumers

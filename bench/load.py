@@ -1,0 +1,321 @@
+"""The load client: thousands of devices in one process of its own, as cheap as a client can be.
+
+No SDK and no HTTP library: an `asyncio.Protocol` on uvloop that reads server frames out of the bytes it is given,
+acknowledges every notification of one read in one frame, and masks with a key of zeros, which RFC 6455 allows and
+which costs nothing. It obeys orders, one JSON object a line on standard input, and answers each with one line.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import resource
+import sys
+import time
+from array import array
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any, Final
+
+import orjson
+import uvloop
+
+from bench.publisher import user_of
+from tidings.runtime.tokens import issue
+from tidings.wire.frames import SUBPROTOCOL
+
+__all__ = ["Device", "Fleet", "client_frame"]
+
+_TEXT: Final = 0x81
+_CLOSE: Final = 0x88
+_PING: Final = 0x89
+_PONG: Final = 0x8A
+_GOODBYE: Final = b"\x88\x82\0\0\0\0\x03\xe8"
+"""A close frame with the code 1000."""
+_REQUEST: Final = (
+    "GET /v1/ws HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+    f"Sec-WebSocket-Protocol: {SUBPROTOCOL}\r\n\r\n"
+).encode()
+_ACCEPT: Final = b"s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
+"""The answer to that key, from RFC 6455, section 1.3."""
+_CONNECT_S: Final = 30.0
+_LEAVE_S: Final = 5.0
+
+
+def client_frame(payload: bytes, first: int = _TEXT) -> bytes:
+    """One masked frame with a mask of zeros."""
+    size = len(payload)
+    if size < 126:
+        return bytes((first, 0x80 | size)) + b"\0\0\0\0" + payload
+    return bytes((first, 0xFE)) + size.to_bytes(2, "big") + b"\0\0\0\0" + payload
+
+
+class Device(asyncio.Protocol):
+    """One connected device."""
+
+    __slots__ = ("_fleet", "_number", "_rest", "_shaken", "ended", "problem", "transport", "welcomed")
+
+    def __init__(self, fleet: Fleet, number: int) -> None:
+        self._fleet = fleet
+        self._number = number
+        self._rest = b""
+        self._shaken = False
+        self.transport: asyncio.Transport
+        self.problem = ""
+        loop = asyncio.get_running_loop()
+        self.welcomed: asyncio.Future[bool] | None = loop.create_future()
+        self.ended: asyncio.Future[None] | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        transport.write(_REQUEST)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._fleet.gone(self._number, self)
+        self._settle(False)
+        if self.ended is not None:
+            self.ended.set_result(None)
+
+    def _settle(self, welcome: bool) -> None:
+        if self.welcomed is not None and not self.welcomed.done():
+            self.welcomed.set_result(welcome)
+        self.welcomed = None
+
+    def data_received(self, data: bytes) -> None:
+        now = time.monotonic_ns()
+        if self._rest:
+            data = self._rest + data
+            self._rest = b""
+        if not self._shaken:
+            end = data.find(b"\r\n\r\n")
+            if end < 0:
+                self._rest = data
+                return
+            self._shake_hands(data[:end])
+            data = data[end + 4 :]
+        positions: list[str] = []
+        at, size = 0, len(data)
+        while at + 2 <= size:
+            length, head = data[at + 1], at + 2
+            if length >= 126:
+                wide = 2 if length == 126 else 8
+                # A length that is cut short comes out too small; the frame is then longer than what is here anyway.
+                length, head = int.from_bytes(data[head : head + wide], "big"), head + wide
+            end = head + length
+            if end > size or head > size:
+                break
+            if data[at] != _TEXT:
+                self._control(data[at], data[head:end])
+            elif data.startswith(b'{"t":"n",', head):
+                self._notified(orjson.loads(data[head:end])["items"], positions, now)
+            else:
+                self._told(orjson.loads(data[head:end]))
+            at = end
+        if at < size:
+            self._rest = data[at:]
+        if positions:
+            self.transport.write(client_frame(b'{"t":"ack","pos":["%b"]}' % '","'.join(positions).encode()))
+
+    def _shake_hands(self, head: bytes) -> None:
+        if not head.startswith(b"HTTP/1.1 101") or _ACCEPT not in head:
+            self.problem = head.partition(b"\r\n")[0].decode(errors="replace")
+            self.transport.abort()
+            return
+        self._shaken = True
+        self.transport.write(self._fleet.hellos[self._number])
+
+    def _notified(self, items: list[dict[str, Any]], positions: list[str], now: int) -> None:
+        fleet = self._fleet
+        for item in items:
+            positions.append(item["pos"])
+            data = item["n"]["data"]
+            if data["run"] != fleet.run:
+                fleet.strays += 1
+                continue
+            number = data["number"]
+            if not fleet.copies[number]:
+                fleet.received += 1
+                fleet.latencies.append(now - data["ns"])
+            fleet.copies[number] += 1
+            fleet.repeated += item["try"] > 1
+            fleet.misled += data["device"] != self._number
+
+    def _told(self, frame: dict[str, Any]) -> None:
+        kind = frame["t"]
+        if kind == "welcome":
+            self._settle(True)
+        elif kind == "gap":
+            self._fleet.gaps += 1
+        elif kind == "error":
+            self.problem = frame["message"]
+
+    def _control(self, first: int, payload: bytes) -> None:
+        if first == _PING:
+            self.transport.write(client_frame(payload, _PONG))
+        elif first == _CLOSE:
+            code = int.from_bytes(payload[:2], "big")
+            self.problem = self.problem or f"closed by the server with {code}"
+            self.transport.write(client_frame(payload[:2], _CLOSE))
+        elif first != _PONG:
+            raise RuntimeError(f"the server sent a frame that starts with {first:#x}: no server of ours does")
+
+
+class Fleet:
+    """All devices of the process, what they received, and the orders that they obey."""
+
+    def __init__(self) -> None:
+        self.devices: dict[int, Device] = {}
+        self.hellos: dict[int, bytes] = {}
+        self.run = -1
+        self.copies = bytearray()
+        """By a notification's number: how often it came."""
+        self.latencies = array("q")
+        self.received = self.strays = self.repeated = self.misled = self.gaps = self.dropped = 0
+        self._port = 0
+        self._key = ""
+
+    def gone(self, number: int, device: Device) -> None:
+        if self.devices.get(number) is device:
+            del self.devices[number]
+            self.dropped += 1
+
+    async def setup(self, port: int, key: str) -> dict[str, Any]:
+        """Where the gateway is, and the key that signs tokens."""
+        self._port, self._key = port, key
+        return {}
+
+    async def connect(self, first: int, count: int, at_once: int) -> dict[str, Any]:
+        """Connect devices, `at_once` at a time, each until its welcome."""
+        numbers = range(first, first + count)
+        for number in numbers:
+            token = issue(self._key, user_of(number), "phone", ttl_s=86_400)
+            self.hellos[number] = client_frame(orjson.dumps({"t": "hello", "token": token, "device": "phone"}))
+        waits = array("d")
+        problems: list[str] = []
+        start = time.monotonic()
+        await _side_by_side(numbers, at_once, lambda number: self._connect(number, waits, problems))
+        seconds = time.monotonic() - start
+        # Devices live until they leave: no need to look at them again and again for garbage.
+        gc.freeze()
+        return {
+            "connected": len(waits),
+            "seconds": seconds,
+            "p50_ms": _quantile(waits, 0.50) * 1000,
+            "p99_ms": _quantile(waits, 0.99) * 1000,
+            "problems": problems[:3],
+        }
+
+    async def _connect(self, number: int, waits: array[float], problems: list[str]) -> None:
+        began = time.monotonic()
+        try:
+            async with asyncio.timeout(_CONNECT_S):
+                _, device = await asyncio.get_running_loop().create_connection(
+                    lambda: Device(self, number), "127.0.0.1", self._port
+                )
+                welcome = await device.welcomed if device.welcomed is not None else False
+        except (TimeoutError, OSError) as error:
+            problems.append(str(error) or f"no welcome within {_CONNECT_S:g} s")
+            return
+        if welcome:
+            self.devices[number] = device
+            waits.append(time.monotonic() - began)
+        else:
+            problems.append(device.problem or "the connection ended before its welcome")
+
+    async def leave(self, first: int, count: int, at_once: int, goodbye: bool) -> dict[str, Any]:
+        """Close connections: with a goodbye (1000), or by cutting TCP, as a dying network does."""
+        leaving = [number for number in range(first, first + count) if number in self.devices]
+        await _side_by_side(leaving, at_once, lambda number: self._leave(number, goodbye))
+        return {"left": len(leaving)}
+
+    async def _leave(self, number: int, goodbye: bool) -> None:
+        device = self.devices.pop(number)
+        device.ended = asyncio.get_running_loop().create_future()
+        if goodbye:
+            device.transport.write(_GOODBYE)
+        else:
+            device.transport.abort()
+        try:
+            async with asyncio.timeout(_LEAVE_S):
+                await device.ended
+        except TimeoutError:
+            device.transport.abort()
+
+    async def expect(self, run: int, count: int) -> dict[str, Any]:
+        """From now on count the notifications of this run, numbered from 0 to `count` - 1."""
+        self.run, self.copies, self.latencies = run, bytearray(count), array("q")
+        self.received = self.strays = self.repeated = self.misled = self.gaps = self.dropped = 0
+        gc.disable()
+        return {}
+
+    async def collect(self, not_stored: list[int], timeout_s: float) -> dict[str, Any]:
+        """Wait until every stored notification has come, or the time is over; then say what came."""
+        doubtful = set(not_stored)
+        until = time.monotonic() + timeout_s
+        while (lost := self._missing(doubtful)) and time.monotonic() < until:
+            await asyncio.sleep(0.05)
+        gc.enable()
+        ordered = sorted(self.latencies)
+        return {
+            "received": self.received,
+            "lost": lost,
+            "duplicates": sum(self.copies) - self.received,
+            "repeated": self.repeated,
+            "misled": self.misled,
+            "strays": self.strays,
+            "gaps": self.gaps,
+            "dropped": self.dropped,
+            **{name: _quantile(ordered, share) / 1e6 for name, share in (("p50_ms", 0.5), ("p99_ms", 0.99))},
+            "max_ms": ordered[-1] / 1e6 if ordered else 0.0,
+            "cpu_s": _own_cpu_s(),
+        }
+
+    def _missing(self, doubtful: set[int]) -> int:
+        if self.received >= len(self.copies):
+            return 0
+        return sum(1 for number, copies in enumerate(self.copies) if not copies and number not in doubtful)
+
+
+async def _side_by_side(
+    numbers: range | list[int], at_once: int, action: Callable[[int], Awaitable[None]]
+) -> None:
+    waiting: Iterator[int] = iter(numbers)
+
+    async def work() -> None:
+        for number in waiting:
+            await action(number)
+
+    await asyncio.gather(*(work() for _ in range(at_once)))
+
+
+def _quantile(values: Any, share: float) -> float:
+    ordered = sorted(values)
+    return float(ordered[min(len(ordered) - 1, int(len(ordered) * share))]) if ordered else 0.0
+
+
+def _own_cpu_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+async def _main() -> None:
+    fleet = Fleet()
+    orders: dict[str, Callable[..., Awaitable[dict[str, Any]]]] = {
+        "setup": fleet.setup,
+        "connect": fleet.connect,
+        "leave": fleet.leave,
+        "expect": fleet.expect,
+        "collect": fleet.collect,
+    }
+    reader = asyncio.StreamReader(limit=2**24)
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    async for line in reader:
+        order = json.loads(line)
+        answer = await orders[order.pop("do")](**order)
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    uvloop.run(_main())
