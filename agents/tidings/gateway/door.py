@@ -69,7 +69,9 @@ class Door:
             if refused.close.reconnect:
                 socket.send(farewell)
                 farewell = self._hub.bye(_RETRY_SPREAD_MS)
-            await socket.close(refused.close, farewell)
+            socket.dismiss(refused.close, farewell)
+        finally:
+            await socket.gone()
         return response
 
     async def _enter(self, socket: Socket, authorization: str | None) -> Session | None:
@@ -133,7 +135,7 @@ class Door:
                 session = hub.add(user, device)
                 session.opening = hub.spawn(self._open(session, window, since))
             if session.suitor is not None:
-                hub.spawn(session.suitor.close(codes.REPLACED))
+                session.suitor.dismiss(codes.REPLACED)
             session.suitor = socket
             plan = await asyncio.shield(session.opening) if session.opening is not None else None
             if isinstance(plan, StreamUnavailable):
@@ -192,7 +194,7 @@ class Door:
         """The hand-over, in one turn of the loop: welcome, then what was missed, then what is live."""
         hub = self._hub
         if session.socket is not None:
-            hub.spawn(session.socket.close(codes.REPLACED))
+            session.socket.dismiss(codes.REPLACED)
         if plan is None and since is not None and since.incarnation <= session.incarnation:
             session.acknowledge_upto(since)
         hub.attach(session, socket)

@@ -295,7 +295,7 @@ class Hub:
         socket = session.socket
         if socket is not None:
             self.detach(session, socket, linger=session.state is SessionState.LIVE and reason.reconnect)
-            self.spawn(socket.close(reason, farewell))
+            socket.dismiss(reason, farewell)
 
     def replaced(self, session: Session) -> None:
         """A newer session has the device: this one ends, and its client is told not to come back."""
@@ -303,7 +303,7 @@ class Hub:
         session.socket = session.suitor = None
         self.end(session, keep_cursor=False)
         for socket in sockets:
-            self.spawn(socket.close(codes.REPLACED))
+            socket.dismiss(codes.REPLACED)
 
     def update(self, session: Session, *, release: bool = False) -> CursorUpdate:
         holder = Holder(self.gateway, session.id)

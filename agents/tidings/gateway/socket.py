@@ -47,7 +47,7 @@ class _Response(web.WebSocketResponse):
 class Socket:
     """An accepted WebSocket. 14 KB, nearly all of it aiohttp's; no timer and no task but aiohttp's own handler."""
 
-    __slots__ = ("_closing", "_drain", "_limit", "_response", "_transport", "heard", "pinged", "stalled")
+    __slots__ = ("_closing", "_drain", "_ending", "_limit", "_response", "_transport", "heard", "pinged", "stalled")
 
     def __init__(self, frame_max_bytes: int, write_buffer_bytes: int) -> None:
         self._response = _Response(
@@ -61,6 +61,7 @@ class Socket:
         self._transport: asyncio.WriteTransport | None = None
         self._drain: AbstractStreamWriter | None = None
         self._closing = False
+        self._ending: asyncio.Future[None] | None = None
         self.heard = True
         """Something came since the last heartbeat."""
         self.pinged = False
@@ -134,13 +135,28 @@ class Socket:
         while (frame := await self.receive()) is not None:
             handle(frame)
 
+    def dismiss(self, reason: Close, farewell: bytes | None = None) -> None:
+        """Say why and close, without waiting: the first reason given is the one that counts.
+
+        The client has two seconds to answer, and an unread buffer no more than that.
+        """
+        if self._ending is None:
+            if farewell is not None:
+                self.send(farewell)
+            self._closing = True
+            self._ending = asyncio.ensure_future(self._close(reason))
+
+    async def gone(self) -> None:
+        """Wait until a dismissal is through. A handler that returned before would close with a reason of its own."""
+        if self._ending is not None:
+            await asyncio.shield(self._ending)
+
     async def close(self, reason: Close, farewell: bytes | None = None) -> None:
-        """Say why and close; gives the client two seconds to answer, and an unread buffer no more than that."""
-        if self._closing:
-            return
-        if farewell is not None:
-            self.send(farewell)
-        self._closing = True
+        """`dismiss`, and wait."""
+        self.dismiss(reason, farewell)
+        await self.gone()
+
+    async def _close(self, reason: Close) -> None:
         try:
             async with asyncio.timeout(_CLOSE_WAIT_S):
                 await self._response.close(code=reason.code, message=reason.name.encode())

@@ -55,7 +55,7 @@ _TAIL_BYTES: Final = 64 * 1024
 _BECOME: Final = """
 import ctypes, os, signal, sys
 PR_SET_PDEATHSIG = 1
-0 and ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
+ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
 if os.getppid() != int(sys.argv[1]):
     sys.exit("nats-server: its parent is gone")
 try:
