@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import tidings
 from tidings.commands import agents, dev, devices, doctor, publish, settings, topology
@@ -20,6 +20,7 @@ from tidings.wire.errors import TidingsError
 
 __all__ = ["main", "parser"]
 
+_CONFIG: Final[dict[str, Any]] = {"metavar": "FILE", "type": Path, "help": "TOML file with settings"}
 _FAILED: Final = 1
 _INTERRUPTED: Final = 130
 _READER_LEFT: Final = 141
@@ -27,19 +28,16 @@ _READER_LEFT: Final = 141
 
 def parser() -> argparse.ArgumentParser:
     """All commands and their arguments."""
-    common = argparse.ArgumentParser(add_help=False)
-    # Before or after the command; without a default here the one after does not undo the one before.
-    common.add_argument(
-        "--config", metavar="FILE", type=Path, default=argparse.SUPPRESS, help="TOML file with settings"
-    )
     top = argparse.ArgumentParser(
         prog="tidings",
-        parents=[common],
         description="A self-hosted event mesh for real-time notifications.",
         epilog="Settings come from the command line, the environment (TIDINGS_…), --config, the defaults: "
         "`tidings settings` lists them.",
     )
-    top.set_defaults(config=None)
+    top.add_argument("--config", default=None, **_CONFIG)
+    # Before or after the command. The one after has no default, which would undo the one before.
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--config", default=argparse.SUPPRESS, **_CONFIG)
     top.add_argument("--version", action="version", version=f"tidings {tidings.__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for module in (dev, devices, publish, topology, agents, doctor, settings):

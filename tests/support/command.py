@@ -82,12 +82,16 @@ class Command:
                 self.process.kill()
         await self.ended()
 
-    def sentence(self) -> str:
-        """The one sentence of a command that failed; anything else is an error of its own."""
-        said = [line for line in self.errors if line.startswith("tidings: ")]
-        assert len(said) == 1, self.errors
+    def sentences(self) -> list[str]:
+        """What the command says of itself; a traceback is an error of its own."""
         assert not any("Traceback" in line for line in self.lines), self.lines
-        return said[0].removeprefix("tidings: ")
+        return [line.removeprefix("tidings: ") for line in self.errors if line.startswith("tidings: ")]
+
+    def sentence(self) -> str:
+        """The one sentence of a command that failed."""
+        said = self.sentences()
+        assert len(said) == 1, self.lines
+        return said[0]
 
 
 @asynccontextmanager

@@ -69,7 +69,7 @@ async def _print_all(args: argparse.Namespace, url: str, token: str) -> int:
 
 
 def _as_json(notification: Notification) -> str:
-    item = {"pos": str(notification.position), "try": notification.attempt, "n": orjson.Fragment(notification.raw)}
+    item = {"pos": str(notification.position), "try": notification.attempt, "n": notification.raw}
     return orjson.dumps(item).decode()
 
 

@@ -98,9 +98,9 @@ class DevMesh(Service):
 
     async def _apply(self, connection: Connection) -> None:
         changes = await topology.plan(connection, self.settings)
-        lost = [change.text for change in changes if change.request.startswith("STREAM.CREATE.")]
+        lost = [change.body["name"] for change in changes if change.request.startswith("STREAM.CREATE.")]
         if self.folder.marker.streams_made and lost:
-            raise TopologyMismatch(f"{len(lost)} are missing ({', '.join(lost)[:200]})")
+            raise TopologyMismatch(f"missing {', '.join(lost)}")
         await topology.apply(connection, self.settings)
 
     async def _nats_is_back(self) -> None:

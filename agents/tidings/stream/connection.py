@@ -102,11 +102,19 @@ class Connection(Client):
         self.handlers[b"%d" % subscription._id] = handler
         return subscription
 
-    def send(self, subject: str, payload: bytes = b"", reply: str = "") -> bool:
-        """Publish at most once, without waiting: False (and nothing sent) while there is no connection."""
+    def send(self, subject: str, payload: bytes = b"", reply: str = "", header: bytes = b"") -> bool:
+        """Publish at most once, without waiting: False (and nothing sent) while there is no connection.
+
+        `header` is a complete block, from ``NATS/1.0`` to the empty line.
+        """
         if not self.is_connected:
             return False
-        command = b"PUB %b %b %d\r\n%b\r\n" % (subject.encode(), reply.encode(), len(payload), payload)
+        where = b"%b %b" % (subject.encode(), reply.encode())
+        if header:
+            size = len(header)
+            command = b"HPUB %b %d %d\r\n%b%b\r\n" % (where, size, size + len(payload), header, payload)
+        else:
+            command = b"PUB %b %d\r\n%b\r\n" % (where, len(payload), payload)
         self._queue(command)
         return True
 

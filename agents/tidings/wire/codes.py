@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Final, NamedTuple
 
-__all__ = ["CLOSES", "ERRORS", "Close", "ErrorCode", "catalogue", "reconnects"]
+__all__ = ["CLOSES", "ERRORS", "Close", "ErrorCode", "catalogue", "close_of", "may_retry", "reconnects"]
 
 
 class Close(NamedTuple):
@@ -73,6 +73,16 @@ def reconnects(code: int | None) -> bool:
     """
     known = _BY_CODE.get(code) if code is not None else None
     return known.reconnect if known else True
+
+
+def close_of(code: int) -> Close | None:
+    """The catalogue's entry of a close code."""
+    return _BY_CODE.get(code)
+
+
+def may_retry(code: str) -> bool:
+    """Whether a request that got this error may succeed later."""
+    return any(error.retry for error in ERRORS if error.code == code)
 
 
 def catalogue() -> dict[str, Any]:

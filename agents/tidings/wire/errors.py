@@ -12,10 +12,13 @@ __all__ = [
     "BadPosition",
     "BadSettings",
     "BadSubject",
+    "ConnectionLost",
     "InvalidNotification",
     "NotAuthenticated",
     "PublishRefused",
     "PublishUnconfirmed",
+    "RequestRefused",
+    "SessionClosed",
     "StartFailed",
     "StoreUnavailable",
     "StreamUnavailable",
@@ -99,6 +102,32 @@ class PublishUnconfirmed(TidingsError):
     """No confirmation in time: it may be stored or not. Publish again with the same id."""
 
     code = "publish_unconfirmed"
+
+
+class ConnectionLost(TidingsError):
+    """The gateway's answer to a request did not come: ask again when the client is connected."""
+
+    code = "connection_lost"
+
+
+class RequestRefused(TidingsError):
+    """The gateway refused a request; `code` is the catalogue's, `retry` whether asking later may help."""
+
+    def __init__(self, code: str, message: str, *, retry: bool) -> None:
+        super().__init__(message)
+        self.code = code
+        self.retry = retry
+
+
+class SessionClosed(TidingsError):
+    """The gateway closed the session for good; `close_code` and `name` are the catalogue's."""
+
+    code = "session_closed"
+
+    def __init__(self, close_code: int, name: str, meaning: str) -> None:
+        super().__init__(f"the gateway closed the session: {meaning} ({close_code} {name})")
+        self.close_code = close_code
+        self.name = name
 
 
 class StartFailed(TidingsError):

@@ -1,0 +1,43 @@
+# make install   a virtual environment in .venv with `tidings` in it
+# make dev       everything on this machine: NATS, agents, a page (ARGS="--port 9000" for its options)
+# make test      every check, one tox environment each
+# make lint      style and types only
+# make bench     what a device and a notification cost
+# make clean     forget all of it, the state folder .tidings excepted
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: install dev test lint bench clean
+.DEFAULT_GOAL := install
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	@infra/make-venv "$(PYTHON)" $(VENV)
+	$(PIP) install --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.tox-installed: $(VENV)/.installed
+	$(PIP) install 'tox>=4.25,<5'
+	@touch $@
+
+dev: install
+	@$(BIN)/tidings dev $(ARGS)
+
+# The page is tested in a real browser.
+test: $(VENV)/.tox-installed
+	@command -v chromium >/dev/null || infra/apt-install chromium
+	$(BIN)/tox run
+
+lint: $(VENV)/.tox-installed
+	$(BIN)/tox run -e lint,types
+
+bench: install
+	$(BIN)/python -m bench $(ARGS)
+
+clean:
+	rm -rf $(VENV) .tox dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find agents tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
