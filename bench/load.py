@@ -15,12 +15,13 @@ import sys
 import time
 from array import array
 from collections.abc import Awaitable, Callable, Iterator
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import orjson
 import uvloop
 
 from bench.publisher import user_of
+from bench.waiting import until
 from tidings.runtime.tokens import issue
 from tidings.wire.frames import SUBPROTOCOL
 
@@ -68,9 +69,9 @@ class Device(asyncio.Protocol):
         self.ended: asyncio.Future[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
-        transport.write(_REQUEST)
+        # uvloop's transports have all the methods and none of asyncio's base classes.
+        self.transport = cast(asyncio.Transport, transport)
+        self.transport.write(_REQUEST)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._fleet.gone(self._number, self)
@@ -101,7 +102,7 @@ class Device(asyncio.Protocol):
             length, head = data[at + 1], at + 2
             if length >= 126:
                 wide = 2 if length == 126 else 8
-                # A length that is cut short comes out too small; the frame is then longer than what is here anyway.
+                # Where the length itself is cut short, `head` lies past the end, and the rest is waited for.
                 length, head = int.from_bytes(data[head : head + wide], "big"), head + wide
             end = head + length
             if end > size or head > size:
@@ -253,14 +254,12 @@ class Fleet:
     async def collect(self, not_stored: list[int], timeout_s: float) -> dict[str, Any]:
         """Wait until every stored notification has come, or the time is over; then say what came."""
         doubtful = set(not_stored)
-        until = time.monotonic() + timeout_s
-        while (lost := self._missing(doubtful)) and time.monotonic() < until:
-            await asyncio.sleep(0.05)
+        await until(lambda: not self._missing(doubtful), timeout_s, 0.05)
         gc.enable()
         ordered = sorted(self.latencies)
         return {
             "received": self.received,
-            "lost": lost,
+            "lost": self._missing(doubtful),
             "duplicates": sum(self.copies) - self.received,
             "repeated": self.repeated,
             "misled": self.misled,
@@ -278,9 +277,7 @@ class Fleet:
         return sum(1 for number, copies in enumerate(self.copies) if not copies and number not in doubtful)
 
 
-async def _side_by_side(
-    numbers: range | list[int], at_once: int, action: Callable[[int], Awaitable[None]]
-) -> None:
+async def _side_by_side(numbers: range | list[int], at_once: int, action: Callable[[int], Awaitable[None]]) -> None:
     waiting: Iterator[int] = iter(numbers)
 
     async def work() -> None:

@@ -43,8 +43,9 @@ class Order:
     count: int
     rate: float
     """A second."""
+    first: int
     devices: int
-    """Each notification goes to one of users 0 to `devices` - 1, drawn at random."""
+    """Each notification goes to one of so many users from number `first` on, drawn at random."""
     size: int
     """Bytes of the body."""
     message_id: bool
@@ -100,7 +101,8 @@ class _Messages:
         self._inbox = inbox
         self._fill = b"x" * order.size
         self._time = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()).encode()
-        self._users = array("l", random.Random(order.run).choices(range(order.devices), k=order.count))
+        users = range(order.first, order.first + order.devices)
+        self._users = array("l", random.Random(order.run).choices(users, k=order.count))
 
     def make(self, number: int) -> bytes:
         """A notification of `size` bytes that says when it was made, by the clock that the receiver has too."""

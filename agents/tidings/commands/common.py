@@ -12,6 +12,7 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from tidings.runtime.collector import relax
 from tidings.wire.errors import TidingsError
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ async def serve(service: Service, started: Callable[[], None] | None = None) -> 
 
     Raises what made the start fail, or `TidingsError` when the service dies later.
     """
+    relax()
     told = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):

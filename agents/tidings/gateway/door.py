@@ -247,21 +247,21 @@ class _Conversation:
         self._under_way = 0
 
     async def run(self) -> None:
-        """Until the connection ends; raises `_Refused` where the client broke the protocol."""
-        while (text := await self._socket.receive()) is not None:
-            if self._session.socket is not self._socket:
-                return
-            try:
-                if isinstance(text, bytes):
-                    raise BadFrame("frames are text, not binary")
-                frame = frames.decode(text)
-            except BadFrame as error:
-                # A request that names a ref gets its answer; without one, nobody could tell what was lost.
-                if error.ref is None:
-                    raise _Refused(codes.BAD_FRAME, str(error), error.code) from None
-                self._socket.send(frames.error(error.code, str(error), error.ref))
-                continue
-            self._handle(frame)
+        """Until the connection ends; what breaks the protocol ends it."""
+        await self._socket.serve(self._heard)
+
+    def _heard(self, text: str) -> None:
+        if self._session.socket is not self._socket:
+            return
+        try:
+            self._handle(frames.decode(text))
+        except BadFrame as error:
+            farewell = frames.error(error.code, str(error), error.ref)
+            # A request that names a ref gets its answer; without one, nobody could tell what was lost.
+            if error.ref is None:
+                self._socket.dismiss(codes.BAD_FRAME, farewell)
+            else:
+                self._socket.send(farewell)
 
     def _handle(self, frame: ClientFrame) -> None:
         session = self._session
@@ -273,7 +273,7 @@ class _Conversation:
         elif isinstance(frame, Ping):
             self._socket.send(frames.pong(frame.ref))
         elif isinstance(frame, Hello):
-            raise _Refused(codes.BAD_FRAME, "hello was said already")
+            raise BadFrame("hello was said already")
         elif self._under_way >= self._hub.settings.requests_per_session:
             message = f"{self._under_way} requests are under way: wait for an answer"
             self._socket.send(frames.error("too_many_requests", message, frame.ref))

@@ -243,7 +243,8 @@ class Session:
     def flush(self) -> None:
         """Write what the outbox names. Called once a loop turn at most."""
         socket = self.socket
-        if socket is None:
+        if socket is None or not socket.open:
+            # Whatever is under way is sent again when a socket is attached.
             self._outbox.clear()
             return
         if socket.congested():

@@ -1,5 +1,10 @@
-"""One device's WebSocket. aiohttp does the handshake, the parsing and the closing; a complete server frame is
-written straight to the transport, so that a send costs little more than the system call.
+"""One device's WebSocket: frames out by plain writes, frames in by callback.
+
+aiohttp does the handshake, the parsing and the closing. Two things are done here, because they are the hot path: a
+complete server frame is written straight to the transport (a send costs little more than the system call), and once a
+session is attached, a client frame is handled in the turn that read it, where aiohttp would queue it and wake a
+task. The queue that is replaced is not public in aiohttp, hence the upper bound in pyproject.toml and
+``tests/integration/test_socket.py``.
 """
 
 from __future__ import annotations
@@ -11,11 +16,13 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from aiohttp import WSCloseCode, WSMsgType, web
+from aiohttp._websocket.reader import WebSocketDataQueue, WebSocketReader
 from aiohttp.abc import AbstractStreamWriter
+from aiohttp.http_websocket import WebSocketWriter
 
 from tidings.wire import codes
 from tidings.wire.codes import Close
-from tidings.wire.frames import SUBPROTOCOL
+from tidings.wire.frames import SUBPROTOCOL, error
 
 __all__ = ["Socket"]
 
@@ -23,6 +30,7 @@ _PING: Final = b"\x89\x00"
 _SMALL: Final = 126
 _MEDIUM: Final = 65_536
 _CLOSE_WAIT_S: Final = 2.0
+_QUEUE_BYTES: Final = 65_536
 _OURS: Final = {
     WSCloseCode.MESSAGE_TOO_BIG: codes.FRAME_TOO_LARGE,
     WSCloseCode.PROTOCOL_ERROR: codes.BAD_FRAME,
@@ -34,8 +42,31 @@ _OURS: Final = {
 log = logging.getLogger("tidings.gateway")
 
 
+class _Frames(WebSocketDataQueue):
+    """aiohttp's queue of frames, which hands text frames to a function instead, as soon as there is one."""
+
+    handle: Callable[[str], None] | None = None
+
+    def feed_data(self, data: Any, size: int) -> None:
+        if self.handle is None or data.type is not WSMsgType.TEXT:
+            super().feed_data(data, size)
+        else:
+            self.handle(data.data)
+
+
 class _Response(web.WebSocketResponse):
     """aiohttp's WebSocket, closing with our codes where the client broke the protocol."""
+
+    frames: _Frames
+
+    def _post_start(self, request: web.BaseRequest, protocol: str | None, writer: WebSocketWriter) -> None:
+        # As aiohttp's own, less its timers, with our queue.
+        self._ws_protocol = protocol
+        self._writer = writer
+        self.frames = self._reader = _Frames(request.protocol, _QUEUE_BYTES, loop=asyncio.get_running_loop())
+        self._parser = WebSocketReader(self._reader, self._max_msg_size, compress=False, decode_text=True)
+        request.protocol.set_parser(self._parser)
+        request.protocol.keep_alive(False)
 
     async def close(self, *, code: int = WSCloseCode.OK, message: bytes = b"", drain: bool = True) -> bool:
         verdict = _OURS.get(code)  # type: ignore[call-overload]
@@ -130,10 +161,29 @@ class Socket:
             elif message.type is not WSMsgType.PONG:
                 return None
 
-    async def serve(self, handle: Callable[[str | bytes], None]) -> None:
-        """Hand each frame to `handle` until the connection ends."""
-        while (frame := await self.receive()) is not None:
-            handle(frame)
+    async def serve(self, handle: Callable[[str], None]) -> None:
+        """Hand each text frame to `handle`, which must not raise, until the connection ends or is dismissed.
+
+        What has come since the hello is handled first, here.
+        """
+        frames = self._response.frames
+
+        def heard(text: str) -> None:
+            self.heard = True
+            self.pinged = False
+            if not self._closing:
+                handle(text)
+
+        other: str | bytes | None = ""
+        while frames._buffer and isinstance(other, str):
+            other = await self.receive()
+            if isinstance(other, str):
+                heard(other)
+        if isinstance(other, str):
+            frames.handle = heard
+            other = await self.receive()
+        if other is not None:
+            self.dismiss(codes.BAD_FRAME, error("bad_frame", "frames are text, not binary"))
 
     def dismiss(self, reason: Close, farewell: bytes | None = None) -> None:
         """Say why and close, without waiting: the first reason given is the one that counts.
@@ -160,8 +210,8 @@ class Socket:
         try:
             async with asyncio.timeout(_CLOSE_WAIT_S):
                 await self._response.close(code=reason.code, message=reason.name.encode())
-        except (TimeoutError, ConnectionError, RuntimeError) as error:
-            log.debug("a socket did not close in order: %s", error or type(error).__name__)
+        except (TimeoutError, ConnectionError, RuntimeError) as problem:
+            log.debug("a socket did not close in order: %s", problem or type(problem).__name__)
         self.abort()
 
     def abort(self) -> None:

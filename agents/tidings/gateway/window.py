@@ -105,6 +105,8 @@ class Window:
         Bounded: past four windows the highest acks are forgotten, which costs duplicates after a crash and
         never a loss.
         """
+        if not self.under_way and not self._acked and self._pinned is None:
+            return Cursor(self.last)
         floor = self._floor()
         acked = sorted(position for position in self._acked if position > floor)
         attempts = {entry.position: entry.attempts for entry in self.under_way.values() if entry.attempts}

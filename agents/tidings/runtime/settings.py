@@ -78,7 +78,7 @@ class Settings:
 
     # The inbox agent
     inbox_batch: int = _number(256, 1, 10_000, "most notifications of one write")
-    inbox_delay_ms: int = _number(20, 0, 10_000, "how long the first notification of a write waits for company")
+    inbox_delay_ms: int = _number(100, 0, 10_000, "how long the first notification of a write waits for company")
     inbox_ack_wait_s: float = _number(60, 1, 3600, "how long a write may take before another inbox agent tries")
     floor_interval_s: float = _number(1, 0.05, 60, "how often the inbox floors are announced")
 

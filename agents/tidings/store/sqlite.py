@@ -91,6 +91,9 @@ _MARK_ALL: Final = {
     AND archived = 0 AND body IS NOT NULL AND {_UNMARKED[as_]}"""
     for as_, changes in _SETS.items()
 }
+_SAVE: Final = """
+    UPDATE cursors SET incarnation = ?, sequence = ?, acked = ?, attempts = ?, gateway = ?, session = ?
+    WHERE user = ? AND device = ? AND gateway = ? AND session = ? AND (incarnation, sequence) <= (?, ?)"""
 _CURSOR: Final = "incarnation, sequence, acked, attempts, gateway, session"
 
 log = logging.getLogger("tidings.store")
@@ -322,7 +325,16 @@ class SqliteStore:
         return await self._write(operation)
 
     async def save(self, updates: Sequence[CursorUpdate]) -> list[Holder]:
+        values = [_save_values(update) for update in updates]
+
         def operation(db: sqlite3.Connection) -> list[Holder]:
+            db.execute("SAVEPOINT all_at_once")
+            if db.executemany(_SAVE, values).rowcount == len(updates):
+                db.execute("RELEASE all_at_once")
+                return []
+            # Rare: some lost their device, or a floor would have moved back. One by one.
+            db.execute("ROLLBACK TO all_at_once")
+            db.execute("RELEASE all_at_once")
             return [update.holder for update in updates if not _save_one(db, update)]
 
         return await self._write(operation)
@@ -357,6 +369,17 @@ def _cursor(row: tuple[Any, ...]) -> Cursor:
     )
 
 
+def _save_values(update: CursorUpdate) -> tuple[object, ...]:
+    floor, cursor = update.cursor.floor, update.cursor
+    # tuple(): a named tuple is no JSON for orjson.
+    acked = orjson.dumps([tuple(position) for position in sorted(cursor.acked)]) if cursor.acked else b"[]"
+    attempts = orjson.dumps([(*at, count) for at, count in cursor.attempts.items()]) if cursor.attempts else b"[]"
+    holder = (None, None) if update.release else update.holder
+    return (
+        *floor, acked.decode(), attempts.decode(), *holder, update.user, update.device, *update.holder, *floor
+    )  # fmt: skip
+
+
 def _save_one(db: sqlite3.Connection, update: CursorUpdate) -> bool:
     """Write one cursor where its holder still has the device; a floor never moves back."""
     who = (update.user, update.device, *update.holder)
@@ -366,12 +389,7 @@ def _save_one(db: sqlite3.Connection, update: CursorUpdate) -> bool:
     if row is None:
         return False
     floor = max(Position(*row), update.cursor.floor)
-    acked = [tuple(position) for position in sorted(update.cursor.acked) if position > floor]
-    attempts = [(*position, count) for position, count in update.cursor.attempts.items() if position > floor]
-    holder = (None, None) if update.release else tuple(update.holder)
-    db.execute(
-        "UPDATE cursors SET incarnation = ?, sequence = ?, acked = ?, attempts = ?, gateway = ?, session = ? "
-        "WHERE user = ? AND device = ?",
-        (*floor, orjson.dumps(acked).decode(), orjson.dumps(attempts).decode(), *holder, update.user, update.device),
-    )
+    acked = frozenset(position for position in update.cursor.acked if position > floor)
+    attempts = {position: count for position, count in update.cursor.attempts.items() if position > floor}
+    db.execute(_SAVE, _save_values(update._replace(cursor=Cursor(floor, acked, attempts))))
     return True

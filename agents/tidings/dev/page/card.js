@@ -320,6 +320,7 @@ export class Card {
     const log = this.#part("log");
     log.querySelector(".total").textContent = this.#frameCount;
     if (!log.open) return;
-    log.querySelector("ol").replaceChildren(...this.#frames.map(({ out, text }) => element("li", out ? "out" : "in", text)));
+    const lines = this.#frames.map(({ out, text }) => element("li", out ? "out" : "in", text));
+    log.querySelector("ol").replaceChildren(...lines);
   }
 }

@@ -22,7 +22,8 @@ export class Row {
     time.textContent = Number.isNaN(moment.valueOf()) ? "" : clock(moment);
     time.title = n.time ?? "";
     this.element.querySelector(".type").textContent = n.type;
-    this.element.querySelector(".words").textContent = summary(n);
+    const words = this.element.querySelector(".words");
+    words.textContent = words.title = summary(n);
     this.element.addEventListener("click", ({ target }) => this.#clicked(target, act));
   }
 

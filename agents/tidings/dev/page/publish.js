@@ -111,7 +111,8 @@ function verdict(answers) {
     return { state, headline: duplicates ? `Duplicate, nothing new is stored: ${where}` : `Stored in ${where}` };
   }
   const known = duplicates ? `, ${duplicates} of them duplicates` : "";
-  return { state, headline: `${answers.length} accepted${known}: ${stream}, sequences ${seq} to ${answers.at(-1).seq}` };
+  const where = `${stream}, sequences ${seq} to ${answers.at(-1).seq}`;
+  return { state, headline: `${answers.length} accepted${known}: ${where}` };
 }
 
 // Command lines
@@ -128,9 +129,11 @@ function option(name, value) {
 
 /** A user id as a token of a NATS subject: %XX of its UTF-8 bytes where they are not harmless. */
 export function escape(user) {
-  const bytes = [...new TextEncoder().encode(user)];
-  const escaped = (byte) => `%${byte.toString(16).toUpperCase().padStart(2, "0")}`;
-  return bytes.map((byte) => (UNRESERVED.test(String.fromCharCode(byte)) ? String.fromCharCode(byte) : escaped(byte))).join("");
+  const token = (byte) => {
+    const letter = String.fromCharCode(byte);
+    return UNRESERVED.test(letter) ? letter : `%${byte.toString(16).toUpperCase().padStart(2, "0")}`;
+  };
+  return Array.from(new TextEncoder().encode(user), token).join("");
 }
 
 function natsCommand(user, type, data, id) {
