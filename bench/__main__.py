@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,7 +17,7 @@ from tidings.wire.errors import TidingsError
 
 from . import figures, profiler
 from .host import BenchFailed, pick_cores, running_mesh
-from .system import machine, on_cores, raise_open_files, versions
+from .system import alone, machine, on_cores, raise_open_files, versions
 from .workloads import Counts, Plan, Repeat, run_repeat
 
 _RESULTS: Final = Path("bench/results.json")
@@ -103,7 +104,7 @@ def _markdown(result: dict[str, Any]) -> str:
         f"{result['date']}: {host['cpu']}, {host['cores']} cores, {host['memory_gb']} GB, Linux {host['kernel']}; "
         f"{', '.join(f'{name} {version}' for name, version in used.items())}. {plan['devices']:,} devices, "
         f"{plan['partitions']} partitions, {plan['rate']:,} notifications of {plan['size']} bytes a second for "
-        f"{plan['seconds']:g} s at full load, {plan['repeats']} repeats; {pinned}.\n\n"
+        f"{plan['seconds']:g} s at full load, repeats: {plan['repeats']}; {pinned}.\n\n"
         f"{figures.table(result['figures'])}\n\n"
         f"Published {counts['published']:,}, confirmed {counts['stored']:,}, received {counts['received']:,}; "
         f"lost {counts['lost']}, duplicates {counts['duplicates']}, to the wrong device {counts['misled']}, "
@@ -124,7 +125,9 @@ def _run() -> int:
     args = _arguments()
     host = machine()
     plan = _plan(args)
-    with on_cores(plan.cores.load):
+    # The figures of a smoke test mean nothing, so it neither waits nor makes others wait.
+    turn = nullcontext() if args.quick else alone(lambda: _say("another benchmark runs here: waiting for its end"))
+    with turn, on_cores(plan.cores.load):
         if args.profile:
             print(asyncio.run(_profile(plan, args.profile)))
             return 0

@@ -50,6 +50,8 @@ FIGURES: Final[tuple[Figure, ...]] = (
     *_connects("takeover", "Devices back within the linger"),
     *_load("full", "Full load", gateway=100.0, total=400.0, p99=None),
     *_load("half", "Half load", gateway=None, total=None, p99=20.0),
+    Figure("full_others_percent", "Full load: what others had of the servers' core", "% of a core", 1),
+    Figure("half_others_percent", "Half load: what others had of the servers' core", "% of a core", 1),
     Figure("full_client_us", "Full load: CPU of the load client", "µs a notification"),
     Figure("full_publisher_us", "Full load: CPU of the publisher", "µs a notification"),
     Figure("full_publisher_late_ms", "Full load: latest that the publisher was", "ms", 1),

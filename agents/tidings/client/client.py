@@ -2,17 +2,33 @@
 
 ::
 
-    async with Client("ws://127.0.0.1:8080", token) as client:
-        async for notification in client:
-            show(notification.type, notification.data)
+    import asyncio
+    from tidings.client import Client, SessionClosed
 
-The loop's body is the handler: a notification is acknowledged when the next one is asked for, when the loop is left
-with ``break``, and not when the body raises: then it comes again. With ``auto_ack=False`` the application calls
-`Client.ack`, as late as it likes; what it has not acknowledged within the gateway's `ack_wait` comes again with a
-higher `attempt`.
+    async def main(token: str) -> None:
+        async with Client("ws://127.0.0.1:8080", token, device="desk", on_count=print) as client:
+            page = await client.inbox(limit=10, filter="unread")
+            for entry in page.items:
+                print("unread:", entry.notification["type"])
+            try:
+                async for notification in client:
+                    print(notification.type, notification.data)  # returns: acknowledged; raises: comes again
+                    await client.mark([notification.position], "read")
+            except SessionClosed as closed:
+                print(closed)  # such as 4409: a newer session of this device took over
 
-Delivery is at least once; copies are dropped here by id while the memory of ids reaches (2,048 of them). A copy of
-something that still waits in the queue, or is being handled, is not delivered a second time.
+**Acknowledgement.** The loop's body is the handler. A notification is acknowledged when its body has run to the end,
+that is, when the loop asks for the next one. A body that is left by an exception, `break` or `return` has not: its
+notification is not acknowledged, and comes again after the gateway's `ack_wait` or at the next connection. To leave
+a loop with an acknowledgement, call `Client.ack` before `break`. Several loops over one client share its
+notifications, each acknowledging its own. With ``auto_ack=False`` only `Client.ack` and `Client.ack_upto` acknowledge.
+
+**Copies.** Delivery is at least once. A copy of what was acknowledged is dropped by its id, as far as the memory of
+2,048 ids reaches; a copy of what is queued, or in the hands of a handler, is not delivered a second time. With
+``auto_ack=False`` what stays unacknowledged past `ack_wait` is delivered again, with a higher `attempt`.
+
+**Back-pressure.** The gateway holds back what exceeds the window, so a slow application costs a queue of at most
+two windows. A gateway that sends more than that broke the protocol, and is left.
 """
 
 from __future__ import annotations
@@ -20,28 +36,30 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from types import TracebackType
-from typing import Any, Final, Literal, Self
-
-import aiohttp
-import orjson
+from typing import Final, Literal, Self
+from urllib.parse import urlsplit
 
 from tidings.runtime.backoff import Backoff
 from tidings.wire import codes
-from tidings.wire.errors import ConnectionLost, RequestRefused, SessionClosed
-from tidings.wire.frames import SUBPROTOCOL, Filter, MarkAs
+from tidings.wire.errors import BadSettings, ConnectionLost
+from tidings.wire.frames import Filter, MarkAs
+from tidings.wire.position import Position
 
-from .models import Acknowledged, InboxEntry, InboxPage, Notification
+from .callbacks import Callbacks, CountCallback, GapCallback, StateCallback
+from .connection import Connection, TokenSource
+from .deliveries import Deliveries
+from .link import Frame, Link
+from .models import InboxEntry, InboxPage, Notification
 
 __all__ = ["Client"]
 
-TokenSource = str | Callable[[], str] | Callable[[], Awaitable[str]]
-Callback = Callable[..., Awaitable[None] | None]
+Handler = Callable[[Notification], Awaitable[None] | None]
+ErrorHandler = Callable[[Notification, Exception], Awaitable[None] | None]
 
-_ANSWER_S: Final = 10.0
-_PONG_S: Final = 10.0
+_PATH: Final = "/v1/ws"
+_GOODBYE_S: Final = 2.0
 
 log = logging.getLogger("tidings.client")
 
@@ -50,10 +68,18 @@ class Client:
     """One device of one user. Use it as an asynchronous context manager and iterate over it.
 
     `token` is a device token, or a function (plain or asynchronous) that returns a fresh one: it is called at
-    each connect, and once more when the gateway refuses the token. `on_gap(missed)` is told that more was missed
-    than is pushed (None: an unknown number), so that the application pages the inbox; `on_count(unread)` and
-    `on_state(positions, as_)` follow the badge and the marks of the user's other devices. `since` is a position up
-    to which the application has everything.
+    each connect, and once more when the gateway refuses its token. When it raises `OSError`, `TimeoutError` or
+    `aiohttp.ClientError`, that is a failed connect; any other exception ends the client and comes out of the loop.
+    `since` is a position up to which the application has everything, kept from `Client.position`; only a client that
+    was given one sends one, as the gateway knows the cursor.
+
+    `on_gap(missed)` is told that more was missed than is pushed (None: an unknown number), so that the application
+    pages the inbox; the gap is acknowledged when it returns. `on_count(unread)` follows the badge, and
+    `on_state(positions | "all", as_)` the marks of the user's other devices. They are plain or asynchronous, and
+    may use the client. One whose request is not answered is forgiven (a gap is announced again on the next
+    connection); any other exception ends the client and comes out of the loop.
+
+    `timeout_s` bounds each request. What the gateway refuses for good raises `SessionClosed` out of the loop.
     """
 
     def __init__(
@@ -63,68 +89,91 @@ class Client:
         *,
         device: str | None = None,
         window: int | None = None,
-        since: str | None = None,
         auto_ack: bool = True,
-        on_gap: Callback | None = None,
-        on_count: Callback | None = None,
-        on_state: Callback | None = None,
+        since: str | None = None,
+        on_gap: GapCallback | None = None,
+        on_count: CountCallback | None = None,
+        on_state: StateCallback | None = None,
         backoff: Backoff | None = None,
+        timeout_s: float = 10.0,
     ) -> None:
-        self._url = url if url.rstrip("/").endswith("/v1/ws") else url.rstrip("/") + "/v1/ws"
-        self._token = token
-        self._hello = {
-            name: value
-            for name, value in (("device", device), ("window", window), ("since", since))
-            if value is not None
-        }
+        if since is not None:
+            Position.parse(since)
+        hello: Frame = {"t": "hello"}
+        hello |= {name: value for name, value in (("device", device), ("window", window)) if value is not None}
         self._auto_ack = auto_ack
-        self._on_gap, self._on_count, self._on_state = on_gap, on_count, on_state
-        self._backoff = backoff or Backoff(0.5, 15.0)
-        self.welcome: dict[str, Any] = {}
-        """The gateway's last welcome: session, user, device, unread, window."""
-        self._http: aiohttp.ClientSession | None = None
-        self._socket: aiohttp.ClientWebSocketResponse | None = None
-        self._runner: asyncio.Task[None] | None = None
-        self._connected = asyncio.Event()
-        self._news = asyncio.Event()
-        self._queue: deque[Notification] = deque()
-        self._open: dict[str, Notification] = {}
-        """Waiting in the queue, or being handled by the loop's body."""
-        self._acknowledged = Acknowledged()
-        self._current: Notification | None = None
-        self._acks: list[str] = []
-        self._sending: set[asyncio.Task[None]] = set()
-        self._answers: dict[int, asyncio.Future[dict[str, Any]]] = {}
-        self._ref = 0
-        self._over: SessionClosed | None = None
+        self._timeout_s = timeout_s
+        self._deliveries = Deliveries(since)
+        self._callbacks = Callbacks(on_gap, on_count, on_state)
+        self._connection = Connection(
+            _address(url), token, hello, backoff or Backoff(0.5, 15.0), self._deliveries, self._callbacks
+        )
+        self._tasks: list[asyncio.Task[None]] = []
+        self._over: BaseException | None = None
+        """Why there will be no more notifications."""
         self._closed = False
+
+    @property
+    def welcome(self) -> Frame:
+        """The gateway's last welcome: ``session``, ``user``, ``device``, ``unread``, ``window``."""
+        return self._connection.welcome
+
+    @property
+    def position(self) -> str | None:
+        """Everything up to here is acknowledged by the application; None while nothing is known. See `since`."""
+        return self._deliveries.progress.reached
 
     # Life
 
     async def open(self) -> None:
-        """Begin to connect; returns at the first welcome. Raises `SessionClosed` when the gateway refuses for good."""
-        self._http = aiohttp.ClientSession()
-        self._runner = asyncio.create_task(self._run())
-        welcomed = asyncio.create_task(self._connected.wait())
-        await asyncio.wait([self._runner, welcomed], return_when=asyncio.FIRST_COMPLETED)
-        welcomed.cancel()
+        """Connect, for as long as it takes; returns at the first welcome. Raises `SessionClosed` when refused for good.
+
+        A gateway that is not there is tried again, with a warning in the log: bound it with `asyncio.timeout`.
+        """
+        if self._tasks or self._closed:
+            raise RuntimeError("a client is opened once: make another")
+        for work in (self._connection.run(), self._callbacks.run()):
+            task = asyncio.create_task(work)
+            task.add_done_callback(self._ended)
+            self._tasks.append(task)
+        try:
+            await self._connection.connected.wait()
+        except BaseException:
+            await self.close()
+            raise
         if self._over is not None:
             await self.close()
             raise self._over
 
     async def close(self) -> None:
-        """Say goodbye and end. The session ends with it: nothing lingers. Closing twice is fine."""
+        """Send the acks that are due, say goodbye and end. Closing twice is fine.
+
+        The session ends with it: nothing lingers. What a handler is still at work on is not acknowledged.
+        """
         self._closed = True
-        if self._sending:
-            await asyncio.gather(*self._sending, return_exceptions=True)
-        if self._socket is not None and not self._socket.closed:
-            await self._socket.close()
-        if self._runner is not None:
-            self._runner.cancel()
-            await asyncio.wait([self._runner])
-        if self._http is not None:
-            await self._http.close()
-        self._news.set()
+        link = self._connection.stop()
+        try:
+            if link is not None:
+                await self._say_goodbye(link)
+        finally:
+            await self._stop()
+
+    async def _say_goodbye(self, link: Link) -> None:
+        try:
+            async with asyncio.timeout(_GOODBYE_S):
+                await self._connection.acks.write(link)
+                await link.close(codes.NORMAL.code)
+        except (ConnectionLost, TimeoutError) as error:
+            log.debug("the last acks may be lost: %s", error or "the gateway does not read")
+
+    async def _stop(self) -> None:
+        # A callback may close its client, and is no task to wait for then.
+        tasks = [task for task in self._tasks if task is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+        self._connection.release()
 
     async def __aenter__(self) -> Self:
         await self.open()
@@ -133,57 +182,77 @@ class Client:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:
-            self._finish_current()
         await self.close()
 
     # Notifications
 
-    def __aiter__(self) -> Self:
-        return self
+    async def __aiter__(self) -> AsyncGenerator[Notification, None]:
+        while (notification := await self._next(held=self._auto_ack)) is not None:
+            try:
+                yield notification
+            except GeneratorExit:
+                # Left by break, return or an exception, which look alike from here: it was not handled.
+                if self._auto_ack:
+                    self._deliveries.release(notification)
+                raise
+            if self._auto_ack:
+                self._acknowledge(notification)
 
-    async def __anext__(self) -> Notification:
-        self._finish_current()
-        while not self._queue:
+    async def run(self, handler: Handler, *, on_error: ErrorHandler | None = None) -> None:
+        """Call `handler` with each notification until the client is closed; acknowledge it when the handler returned.
+
+        One that raises is not acknowledged, and comes again. Its exception goes to `on_error`, and the next
+        notification to `handler`; without `on_error` it is raised.
+        """
+        while (notification := await self._next(held=True)) is not None:
+            try:
+                outcome = handler(notification)
+                if inspect.isawaitable(outcome):
+                    await outcome
+            except BaseException as error:
+                self._deliveries.release(notification)
+                if on_error is None or not isinstance(error, Exception):
+                    raise
+                told = on_error(notification, error)
+                if inspect.isawaitable(told):
+                    await told
+            else:
+                self._acknowledge(notification)
+
+    async def _next(self, *, held: bool) -> Notification | None:
+        if not self._tasks:
+            raise RuntimeError("the client is not open: use `async with`")
+        while True:
             if self._over is not None:
                 raise self._over
             if self._closed:
-                raise StopAsyncIteration
-            self._news.clear()
-            await self._news.wait()
-        notification = self._queue.popleft()
-        if self._auto_ack:
-            self._current = notification
-        else:
-            # Handed over: if the application forgets it, the gateway's next attempt is delivered again.
-            self._open.pop(notification.id, None)
-        return notification
+                return None
+            notification = self._deliveries.take(held=held)
+            if notification is not None:
+                return notification
+            self._connection.news.clear()
+            await self._connection.news.wait()
 
-    def _finish_current(self) -> None:
-        current, self._current = self._current, None
-        if current is not None:
-            self.ack(current)
+    async def ack(self, notification: Notification) -> None:
+        """The application is done with it. Acks of one turn of the event loop leave in one frame.
 
-    def ack(self, notification: Notification) -> None:
-        """The application is done with it. Acks of one turn of the event loop leave in one frame."""
-        latest = self._open.pop(notification.id, notification)
-        self._acknowledged.add(notification.id)
-        self._send_ack(latest.position)
+        One that is given while there is no connection leaves at the next; one that is lost is made up for when
+        the notification comes again.
+        """
+        self._acknowledge(notification)
 
-    def _send_ack(self, position: str) -> None:
-        if not self._acks:
-            asyncio.get_running_loop().call_soon(self._flush_acks)
-        self._acks.append(position)
+    async def ack_upto(self, position: str) -> None:
+        """The application has everything up to this position. Raises `BadPosition` for what is none."""
+        upto = Position.parse(position)
+        self._deliveries.acknowledge_upto(upto)
+        self._connection.acks.upto(upto)
 
-    def _flush_acks(self) -> None:
-        acks, self._acks = self._acks, []
-        task = asyncio.create_task(self._send({"t": "ack", "pos": acks}))
-        self._sending.add(task)
-        task.add_done_callback(self._sending.discard)
+    def _acknowledge(self, notification: Notification) -> None:
+        self._connection.acks.add(self._deliveries.acknowledge(notification))
 
     # Requests
 
-    async def inbox(self, *, before: str | None = None, limit: int = 50, filter: Filter = "all") -> InboxPage:
+    async def inbox(self, before: str | None = None, limit: int = 50, filter: Filter = "all") -> InboxPage:
         """A page of the inbox, newest first. Raises `RequestRefused` or `ConnectionLost`, as all requests do."""
         answer = await self._ask({"t": "inbox", "limit": limit, "filter": filter, "before": before})
         items = [
@@ -200,147 +269,31 @@ class Client:
         unread: int = (await self._ask({"t": "count"}))["unread"]
         return unread
 
-    async def _ask(self, frame: dict[str, Any]) -> dict[str, Any]:
+    async def _ask(self, frame: Frame) -> Frame:
+        """Send a request, when there is a connection, and wait for its answer."""
         try:
-            async with asyncio.timeout(_ANSWER_S):
-                await self._connected.wait()
-                self._ref += 1
-                ref = self._ref
-                future = self._answers[ref] = asyncio.get_running_loop().create_future()
-                try:
-                    await self._send({**frame, "ref": ref})
-                    answer: dict[str, Any] = await future
-                finally:
-                    self._answers.pop(ref, None)
+            async with asyncio.timeout(self._timeout_s):
+                await self._connection.connected.wait()
+                if self._connection.link is None:
+                    raise ConnectionLost("the client has no connection, and makes none any more")
+                return await self._connection.requests.ask(self._connection.link, frame)
         except TimeoutError:
-            raise ConnectionLost(f"no answer to `{frame['t']}` within {_ANSWER_S:g} s") from None
-        if answer["t"] == "error":
-            raise RequestRefused(answer["code"], answer["message"], retry=codes.may_retry(answer["code"]))
-        return answer
+            raise ConnectionLost(f"no answer to `{frame['t']}` within {self._timeout_s:g} s") from None
 
-    async def _send(self, frame: dict[str, Any]) -> None:
-        """What is sent to a broken connection is lost, as it may be on the wire: acks come again with their copy."""
-        if self._socket is not None and not self._socket.closed:
-            try:
-                await self._socket.send_str(orjson.dumps(frame).decode())
-            except (ConnectionError, aiohttp.ClientError) as error:
-                log.debug("a frame was not sent: %s", error)
-
-    # The connection
-
-    async def _run(self) -> None:
-        refreshed = False
-        while not self._closed:
-            delay: float | None = None
-            code: int | None = None
-            try:
-                code, delay = await self._connection()
-            except (aiohttp.ClientError, OSError, TimeoutError) as error:
-                log.warning("no connection to %s: %s", self._url, error or type(error).__name__)
-            if self._connected.is_set():
-                refreshed = False
-            self._disconnected()
-            if code == codes.NOT_AUTHENTICATED.code and callable(self._token) and not refreshed:
-                refreshed, delay = True, 0.0
-            elif not codes.reconnects(code):
-                self._end(code)
-                return
-            await asyncio.sleep(self._backoff.next() if delay is None else delay)
-
-    async def _connection(self) -> tuple[int | None, float | None]:
-        """One connection from handshake to close; its close code, and the delay that a `bye` asked for."""
-        assert self._http is not None
-        token = self._token() if callable(self._token) else self._token
-        hello = {"t": "hello", "token": await token if inspect.isawaitable(token) else token, **self._hello}
-        bye: float | None = None
-        async with self._http.ws_connect(
-            self._url, protocols=(SUBPROTOCOL,), compress=0, max_msg_size=0, timeout=aiohttp.ClientWSTimeout(ws_close=2)
-        ) as socket:
-            self._socket = socket
-            await socket.send_str(orjson.dumps(hello).decode())
-            while True:
-                frame = await self._receive(socket)
-                if frame is None:
-                    return socket.close_code, bye
-                if frame["t"] == "bye":
-                    bye = frame["after_ms"] / 1000
-                else:
-                    await self._handle(frame)
-
-    async def _receive(self, socket: aiohttp.ClientWebSocketResponse) -> dict[str, Any] | None:
-        """The next frame; None at the end. A gateway that is silent for two heartbeats is asked whether it lives."""
-        patience = 2 * self.welcome.get("heartbeat", 25)
-        try:
-            message = await socket.receive(patience)
-        except TimeoutError:
-            await self._send({"t": "ping"})
-            try:
-                message = await socket.receive(_PONG_S)
-            except TimeoutError:
-                log.warning("the gateway does not answer: connecting again")
-                return None
-        if message.type is not aiohttp.WSMsgType.TEXT:
-            return None
-        frame: dict[str, Any] = orjson.loads(message.data)
-        return frame
-
-    async def _handle(self, frame: dict[str, Any]) -> None:
-        kind = frame["t"]
-        if kind == "n":
-            for item in frame["items"]:
-                self._arrived(Notification.from_item(item))
-        elif kind == "welcome":
-            self.welcome = frame
-            self._hello.setdefault("device", frame["device"])
-            self._backoff.reset()
-            self._connected.set()
-        elif frame.get("ref") in self._answers and kind in ("ok", "error"):
-            answer = self._answers[frame["ref"]]
-            if not answer.done():
-                answer.set_result(frame)
-        elif kind == "count":
-            await _call(self._on_count, frame["unread"])
-        elif kind == "state":
-            await _call(self._on_state, frame["pos"], frame["as"])
-        elif kind == "gap":
-            if self._on_gap is None:
-                log.warning("%s notifications were missed and are not pushed: page the inbox", frame["missed"])
-            await _call(self._on_gap, frame["missed"])
-            if frame["pos"] is not None:
-                await self._send({"t": "ack", "upto": frame["pos"]})
-
-    def _arrived(self, notification: Notification) -> None:
-        if notification.id in self._acknowledged:
-            self._send_ack(notification.position)
-        elif notification.id in self._open:
-            # It waits or is being handled: only remember where its ack goes now.
-            self._open[notification.id] = notification
-        elif len(self._queue) >= 2 * self.welcome["window"]:
-            # The gateway does not keep to the window; what is not acknowledged comes again.
-            log.warning("%d notifications wait to be handled: one more is left to the gateway", len(self._queue))
-        else:
-            self._open[notification.id] = notification
-            self._queue.append(notification)
-            self._news.set()
-
-    def _disconnected(self) -> None:
-        self._connected.clear()
-        self._socket = None
-        for answer in self._answers.values():
-            if not answer.done():
-                answer.set_exception(ConnectionLost("the connection broke before the answer came"))
-
-    def _end(self, code: int | None) -> None:
-        known = codes.close_of(code or 0)
-        if known is None or known.code != codes.NORMAL.code:
-            name, meaning = (known.name, known.meaning) if known else ("unknown", "no reason given")
-            self._over = SessionClosed(code or 0, name, meaning)
-        self._closed = True
-        self._news.set()
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """A task of this client ended: what it raised is the loop's to raise."""
+        error = None if task.cancelled() else task.exception()
+        if error is not None and self._over is None:
+            self._over = error
+            self._connection.release()
 
 
-async def _call(callback: Callback | None, *arguments: object) -> None:
-    if callback is not None:
-        outcome = callback(*arguments)
-        if outcome is not None:
-            await outcome
+def _address(url: str) -> str:
+    """The gateway's WebSocket; raises `BadSettings` for what is no address."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("ws", "wss", "http", "https") or not parts.hostname:
+        raise BadSettings(
+            f"the gateway's url is {url!r}: it must be like ws://127.0.0.1:8080 or wss://push.example.com"
+        )
+    path = parts.path.rstrip("/")
+    return parts._replace(path=path if path.endswith(_PATH) else path + _PATH).geturl()

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
-__all__ = ["Acknowledged", "InboxEntry", "InboxPage", "Notification"]
-
-_REMEMBERED: Final = 2048
+__all__ = ["InboxEntry", "InboxPage", "Notification"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +27,7 @@ class Notification:
 
     @classmethod
     def from_item(cls, item: dict[str, Any]) -> Notification:
+        """Read an item of a notification frame; raises `KeyError` or `TypeError` for anything else."""
         event = item["n"]
         return cls(
             event["id"],
@@ -61,20 +59,3 @@ class InboxPage:
 
     items: Sequence[InboxEntry]
     next: str | None
-
-
-class Acknowledged:
-    """The last 2,048 acknowledged ids: what comes again although it was acknowledged is a copy."""
-
-    def __init__(self, most: int = _REMEMBERED) -> None:
-        self._most = most
-        self._ids: OrderedDict[str, None] = OrderedDict()
-
-    def __contains__(self, id: str) -> bool:
-        return id in self._ids
-
-    def add(self, id: str) -> None:
-        self._ids[id] = None
-        self._ids.move_to_end(id)
-        if len(self._ids) > self._most:
-            self._ids.popitem(last=False)

@@ -18,14 +18,16 @@ from tidings.wire.errors import TidingsError
 if TYPE_CHECKING:
     from tidings.runtime.service import Service
     from tidings.runtime.settings import Settings
+    from tidings.stream.connection import Connection
 
-__all__ = ["DEFAULT_STATE", "Commands", "add_nats", "add_state", "duration", "load", "run", "serve"]
+__all__ = ["DEFAULT_STATE", "Commands", "add_nats", "add_state", "check_mapping", "duration", "load", "run", "serve"]
 
 Commands = argparse._SubParsersAction  # its own name is private, and there is no other
 DEFAULT_STATE: Final = Path(".tidings")
 
 _UNITS: Final = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
 _FORCED: Final = 130
+_PROBES: Final = 16
 _Result = TypeVar("_Result")
 
 
@@ -71,16 +73,28 @@ def run(work: Coroutine[Any, Any, _Result]) -> _Result:
         return runner.run(work)
 
 
+async def check_mapping(connection: Connection, partitions: int) -> None:
+    """Raise `TopologyMismatch` unless the server maps users to partitions as we do.
+
+    Of a server that maps to fewer partitions one probe in some agrees by chance: several do not.
+    """
+    from tidings.stream import topology
+
+    for _ in range(_PROBES):
+        await topology.probe_mapping(connection, partitions)
+
+
 async def serve(service: Service, started: Callable[[], None] | None = None) -> int:
-    """Start, run until SIGINT or SIGTERM, drain, stop. A second signal ends the process at once.
+    """Start, run until SIGINT or SIGTERM, drain, stop. Another SIGINT ends the process at once.
 
     Raises what made the start fail, or `TidingsError` when the service dies later.
     """
     relax()
     told = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, _on_signal, told)
+    loop.add_signal_handler(signal.SIGINT, _on_ctrl_c, told)
+    # A supervisor may send it twice, and then kills.
+    loop.add_signal_handler(signal.SIGTERM, told.set)
     stopping = asyncio.ensure_future(told.wait())
     starting = asyncio.ensure_future(service.start())
     try:
@@ -110,7 +124,7 @@ async def _until_told(service: Service, stopping: asyncio.Future[Any]) -> None:
     raise TidingsError(f"{service.name} failed and was stopped: {type(error).__name__}: {error}") from error
 
 
-def _on_signal(told: asyncio.Event) -> None:
+def _on_ctrl_c(told: asyncio.Event) -> None:
     if told.is_set():
         # Whatever hangs, hangs. A child nats-server is told by the kernel, or found at the next start.
         sys.stderr.write("tidings: stopped at once\n")

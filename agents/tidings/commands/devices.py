@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import orjson
 
@@ -16,13 +17,15 @@ if TYPE_CHECKING:
 
 __all__ = ["register"]
 
+_TTL_S: Final = 3600
+
 
 def register(commands: Commands[argparse.ArgumentParser], common: argparse.ArgumentParser) -> None:
     token = commands.add_parser("token", parents=[common], help="print a device token", description=_token.__doc__)
     token.add_argument("--user", required=True, help="whom the token speaks for")
     token.add_argument("--device", help="the one device that it is for (default: any of the user)")
     token.add_argument(
-        "--ttl", type=duration, default=3600, help="how long it is valid: 90s, 15m, 1h, 7d (default: 1h)"
+        "--ttl", type=duration, default=_TTL_S, help="how long it is valid: 90s, 15m, 1h, 7d (default: 1h)"
     )
     add_state(token)
     token.set_defaults(run=_token)
@@ -54,10 +57,13 @@ def _listen(args: argparse.Namespace) -> int:
     escape(args.user)
     mesh = running(args.state) if args.url is None else None
     url = args.url or (mesh.ws_url if mesh else f"ws://{settings.host}:{settings.port}/v1/ws")
-    return run(_print_all(args, url, args.token or _issue(args, ttl_s=3600)))
+    if args.token is None:
+        _issue(args, _TTL_S)  # what is wrong with the key or the names is said before anything is tried
+    # With the key at hand each connection gets a token of its own: none expires while this listens.
+    return run(_print_all(args, url, args.token or (lambda: _issue(args, _TTL_S))))
 
 
-async def _print_all(args: argparse.Namespace, url: str, token: str) -> int:
+async def _print_all(args: argparse.Namespace, url: str, token: str | Callable[[], str]) -> int:
     from tidings.client import Client
 
     show = _as_json if args.json else _as_text
@@ -69,7 +75,7 @@ async def _print_all(args: argparse.Namespace, url: str, token: str) -> int:
 
 
 def _as_json(notification: Notification) -> str:
-    item = {"pos": str(notification.position), "try": notification.attempt, "n": notification.raw}
+    item = {"pos": notification.position, "try": notification.attempt, "n": notification.raw}
     return orjson.dumps(item).decode()
 
 

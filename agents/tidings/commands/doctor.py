@@ -13,7 +13,7 @@ from urllib.parse import unquote
 
 from tidings.wire.errors import StreamUnavailable, TidingsError, TopologyMismatch
 
-from .common import DEFAULT_STATE, Commands, add_nats, add_state, load, run
+from .common import DEFAULT_STATE, Commands, add_nats, add_state, check_mapping, load, run
 
 if TYPE_CHECKING:
     from tidings.runtime.settings import Settings
@@ -145,10 +145,8 @@ def _dotted(version: tuple[int, int]) -> str:
 
 
 async def _mapping(connection: Connection, settings: Settings) -> _Finding:
-    from tidings.stream import topology
-
     try:
-        await topology.probe_mapping(connection, settings.partitions)
+        await check_mapping(connection, settings.partitions)
     except (TopologyMismatch, StreamUnavailable) as error:
         return _fail(f"subject mapping: {error}")
     return _ok(f"subject mapping: users go to {settings.partitions} partitions")
@@ -174,8 +172,8 @@ async def _clock(connection: Connection) -> _Finding:
     before = time.time()
     try:
         stamp = (await connection.api(f"STREAM.INFO.{notify_stream(0)}")).get("ts")
-    except StreamUnavailable as error:
-        return _warn(f"clock: the server's is not known: {error}")
+    except StreamUnavailable:
+        return _warn("clock: not compared, as the server tells its time with a stream only, and NOTIFY_0 is not there")
     if stamp is None:
         return _warn("clock: the server does not tell its time")
     there = datetime.fromisoformat(stamp).astimezone(UTC).timestamp()

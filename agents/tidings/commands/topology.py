@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
-from .common import Commands, add_nats, load, run
+from .common import Commands, add_nats, check_mapping, load, run
 
 if TYPE_CHECKING:
     from tidings.runtime.settings import Settings
@@ -59,7 +59,7 @@ async def _apply(connection: Connection, settings: Settings) -> None:
     for change in changes:
         print(change.text)
     print(f"{len(changes)} done" if changes else "nothing to do")
-    await topology.probe_mapping(connection, settings.partitions)
+    await check_mapping(connection, settings.partitions)
 
 
 async def _show(connection: Connection, settings: Settings) -> None:

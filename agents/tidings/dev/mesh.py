@@ -148,8 +148,8 @@ class DevMesh(Service):
             self.spawn(service.failed())
 
     async def _drain(self) -> None:
-        if self._gateway is not None:
-            await self._within(_DRAIN_S + 0.3, "the gateway drains", self._gateway.drain())
+        agents = [agent.drain() for agent in (self._gateway, self._inbox) if agent is not None]
+        await self._within(_DRAIN_S + 0.3, "the agents drain", *agents)
 
     async def _stop(self) -> None:
         try:

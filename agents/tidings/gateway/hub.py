@@ -139,7 +139,7 @@ class Hub:
             consumers.nak(self.connection, reply, _STRAY_DELAY_S)
             consumers.delete(self.connection, words[at].decode(), words[at + 1].decode())
             return
-        session.receive((words[at + 3], words[at + 4], words[at + 2]), reply, body)
+        session.receive(words[at + 3], words[at + 4], reply, body)
 
     def _on_status(self, where: bytes, header: bytes | None) -> None:
         words = where.decode().split(".")

@@ -139,9 +139,8 @@ class Session:
 
     # From JetStream
 
-    def receive(self, delivery: tuple[bytes, bytes, bytes], reply: bytes, body: bytes) -> None:
-        """One message of the consumer: `delivery` is stream and consumer sequence, as text, and the node's count."""
-        sequence_text, consumer_sequence, _ = delivery
+    def receive(self, sequence_text: bytes, consumer_sequence: bytes, reply: bytes, body: bytes) -> None:
+        """One message of the consumer, with its place in the stream and in the consumer's deliveries, as text."""
         if int(consumer_sequence) != self.consumer_sequence + 1:
             # A delivery was lost on its way here, and going on would let the cursor pass it.
             self.hub.lost(self)

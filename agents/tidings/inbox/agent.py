@@ -36,13 +36,6 @@ _EXPIRE_EVERY_S: Final = 600
 _DAY_NS: Final = 86_400_000_000_000
 
 
-class _Stored(NamedTuple):
-    """A row to be written, and where its message is acknowledged."""
-
-    row: InboxRow
-    reply: bytes
-
-
 class _Poison(NamedTuple):
     """A message that is no notification."""
 
@@ -69,7 +62,9 @@ class InboxAgent(Service):
         self._id = secrets.token_hex(4)
         self._connection: Connection
         self._topology: Topology
-        self._rows: list[_Stored] = []
+        self._rows: list[InboxRow] = []
+        self._replies: list[bytes] = []
+        """Where each row's message is acknowledged."""
         self._poison: list[_Poison] = []
         self._some = asyncio.Event()
         self._enough = asyncio.Event()
@@ -141,18 +136,18 @@ class InboxAgent(Service):
         if not reply:
             self._pull_ended(where, header)
             return
-        text = where.decode()
+        words = where.split(b".", 3)
         delivery = consumers.parse_reply(reply)
-        partition = int(text.split(".", 2)[1])
+        partition = int(words[1])
         try:
-            user = subject.user_of_part(text)
+            user = subject.unescape(words[3].decode())
             envelope = check(body)
         except (InvalidNotification, BadSubject) as error:
-            self._poison.append(_Poison(text, body, reply, delivery, error.code, str(error)))
+            self._poison.append(_Poison(where.decode(), body, reply, delivery, error.code, str(error)))
         else:
             position = Position(self._topology.incarnations[partition], delivery.stream_sequence)
-            row = InboxRow(user, position, envelope.id, envelope.type, envelope.topic, delivery.stored_ns, body)
-            self._rows.append(_Stored(row, reply))
+            self._rows.append(InboxRow(user, position, *envelope, delivery.stored_ns, body))
+            self._replies.append(reply)
         self._some.set()
         if len(self._rows) >= self._settings.inbox_batch:
             self._enough.set()
@@ -193,14 +188,15 @@ class InboxAgent(Service):
                 await self._bury(letter)
             while self._rows:
                 size = self._settings.inbox_batch
-                batch, self._rows = self._rows[:size], self._rows[size:]
-                await self._store_batch(batch)
+                rows, self._rows = self._rows[:size], self._rows[size:]
+                replies, self._replies = self._replies[:size], self._replies[size:]
+                await self._store_batch(rows)
+                self._connection.ack_all(replies)
                 self._pull_where_none()
 
-    async def _store_batch(self, batch: list[_Stored]) -> None:
-        """Store rows and acknowledge them; while the store is down, wait, and pull no more than is asked for."""
+    async def _store_batch(self, rows: list[InboxRow]) -> None:
+        """Store rows durably; while the store is down, wait, and pull no more than is asked for."""
         backoff = Backoff(0.1, 5.0)
-        rows = [stored.row for stored in batch]
         while True:
             try:
                 await self._store.append(rows)
@@ -209,9 +205,7 @@ class InboxAgent(Service):
                 self.log.warning("%d rows wait %.1f s for the store: %s", len(rows), delay, error)
                 await asyncio.sleep(delay)
             else:
-                break
-        for stored in batch:
-            self._connection.ack(stored.reply)
+                return
 
     async def _bury(self, letter: _Poison) -> None:
         """Make a dead letter of what is no notification; unacknowledged until that is durable."""

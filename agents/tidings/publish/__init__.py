@@ -1,5 +1,17 @@
 """Publishing: the Python SDK for services that speak NATS."""
 
-from .publisher import Event, Publisher, Receipt
+from tidings.wire.errors import BadSubject, InvalidNotification, PublishRefused, PublishUnconfirmed, StreamUnavailable
 
-__all__ = ["Event", "Publisher", "Receipt"]
+from .attempt import Event, Receipt
+from .publisher import Publisher
+
+__all__ = [
+    "BadSubject",
+    "Event",
+    "InvalidNotification",
+    "PublishRefused",
+    "PublishUnconfirmed",
+    "Publisher",
+    "Receipt",
+    "StreamUnavailable",
+]

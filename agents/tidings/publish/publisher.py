@@ -4,64 +4,61 @@
 
     async with Publisher("nats://127.0.0.1:4222", source="shop") as publisher:
         receipt = await publisher.publish("alice", "order.sent", {"order": 17})
+        async for receipt in publisher.publish_many(Event(user, "sale.began") for user in users):
+            print(receipt.id, "is stored")
 
 Any NATS client may publish without it: ``js.publish("notify.user.alice", body)`` with a CloudEvent as body. What
 this adds is the id, the time, the message id that makes a retry the same notification, the escape, the retries and
 the errors.
+
+A publish costs a future, an entry under its reply subject, and its share of one write to NATS a loop turn: no
+task and no timer, unless it waits.
 """
 
 from __future__ import annotations
 
 import asyncio
+import inspect
+import logging
 import secrets
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable
 from datetime import datetime
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Self
-from urllib.parse import quote
 
-import orjson
+from nats.aio.subscription import Subscription
 
 from tidings.runtime.backoff import Backoff
 from tidings.runtime.settings import Settings
 from tidings.stream.connection import Connection, connect
-from tidings.stream.consumers import status_of
 from tidings.wire import subject
-from tidings.wire.errors import PublishRefused, PublishUnconfirmed
+from tidings.wire.errors import PublishRefused, PublishUnconfirmed, StreamUnavailable, TidingsError
 from tidings.wire.notification import build, check
 
-__all__ = ["Event", "Publisher", "Receipt"]
+from .attempt import Attempt, Event, Receipt, Verdict, read_answer
+
+__all__ = ["Publisher"]
 
 _ATTEMPT_S: Final = 2.0
-_TEMPORARY: Final = 503
-_HINTS: Final = {
-    10054: "the notification is larger than the log takes: send a reference instead of the content",
-    10077: "the log is full: raise stream_max_bytes, or find out why notifications come so fast",
-}
+"""How long a confirmation may take before the notification is sent again under the same id."""
+_ELECTION_S: Final = 3.0
+"""How long it may take until some server answers for a stream; after that there is none."""
+
+log = logging.getLogger("tidings.publish")
+
+Failed = Callable[[Event, TidingsError], Awaitable[None] | None]
 
 
-class Receipt(NamedTuple):
-    """The log has it, durably."""
+class _Fed(NamedTuple):
+    """An event of `publish_many`, with the id that it got, and what became of it so far."""
 
-    id: str
-    stream: str
-    seq: int
-    duplicate: bool
-    """It was there already: this was a retry."""
-
-
-class Event(NamedTuple):
-    """One notification of `Publisher.publish_many`."""
-
-    user: str
-    type: str
-    data: Any = None
-    id: str | None = None
+    event: Event
+    attempt: Attempt | TidingsError
 
 
 class Publisher:
-    """Publishes to users. Safe to use from many tasks at a time; a publish costs one future and a share of a write.
+    """Publishes to users. Safe to use from many tasks at a time.
 
     `nats` is a connection (which stays open), settings, or the address of a server. `timeout_s` bounds one
     publish with all its retries.
@@ -71,29 +68,35 @@ class Publisher:
         self._given = nats
         self._source = source
         self._timeout_s = timeout_s
-        self._connection: Connection | None = nats if isinstance(nats, Connection) else None
-        self._inbox = f"_INBOX.{secrets.token_hex(11)}"
-        self._waiting: dict[bytes, asyncio.Future[dict[str, Any]]] = {}
+        self._connection: Connection | None = None
+        self._inbox = f"_INBOX.{secrets.token_hex(11)}."
+        self._waiting: dict[bytes, Attempt] = {}
         self._number = 0
-        self._listening: Any = None
+        self._listening: Subscription | None = None
 
     async def open(self) -> None:
         """Connect; raises `StreamUnavailable` when nobody is there."""
-        if self._connection is None:
-            given = Settings(nats_url=self._given) if isinstance(self._given, str) else self._given
-            assert isinstance(given, Settings)
-            self._connection = await connect(given, "tidings-publisher")
-        self._listening = await self._connection.listen(f"{self._inbox}.*", self._answered)
+        if isinstance(self._given, Connection):
+            self._connection = self._given
+        else:
+            settings = Settings(nats_url=self._given) if isinstance(self._given, str) else self._given
+            self._connection = await connect(settings, "tidings-publisher")
+        self._listening = await self._connection.listen(f"{self._inbox}*", self._answered)
 
     async def close(self) -> None:
-        """Let go; what is under way is not waited for. Closing twice is fine."""
+        """Let go. What is under way raises `PublishUnconfirmed`. Closing twice is fine."""
         connection, self._connection = self._connection, None
-        if connection is not None and connection is not self._given:
+        listening, self._listening = self._listening, None
+        for attempt in self._waiting.values():
+            attempt.settle(Verdict.closed())
+        if connection is None:
+            return
+        if connection is not self._given:
             await connection.finish()
-        elif connection is not None and self._listening is not None:
-            connection.handlers.pop(b"%d" % self._listening._id, None)
-            await self._listening.unsubscribe()
-        self._listening = None
+        elif listening is not None:
+            connection.handlers.pop(b"%d" % listening._id, None)
+            if not connection.is_closed:
+                await listening.unsubscribe()
 
     async def __aenter__(self) -> Self:
         await self.open()
@@ -112,6 +115,7 @@ class Publisher:
         *,
         id: str | None = None,
         time: datetime | None = None,
+        topic: str | None = None,
         **attributes: Any,
     ) -> Receipt:
         """Publish to a user; returns when the log has it, durably.
@@ -121,96 +125,162 @@ class Publisher:
         `PublishUnconfirmed` when nobody confirmed within `timeout_s`: then publish again with the same id.
         """
         where = subject.notify_user(user)
-        id, body = build(type=type, data=data, source=self._source, id=id, time=time, **attributes)
-        return await self._store(where, id, body)
+        id, body = build(type=type, data=data, source=self._source, id=id, time=time, topic=topic, **attributes)
+        return await self._confirmed(self._begin(where, id, body))
 
     async def publish_body(self, user: str, body: bytes) -> Receipt:
         """Publish a CloudEvent that is ready; otherwise like `publish`."""
         where = subject.notify_user(user)
-        return await self._store(where, check(body).id, body)
+        return await self._confirmed(self._begin(where, check(body).id, body))
 
     async def publish_many(
-        self, events: Iterable[Event] | AsyncIterable[Event], *, in_flight: int = 256
-    ) -> AsyncIterator[Receipt]:
+        self,
+        events: Iterable[Event | tuple[Any, ...]] | AsyncIterable[Event | tuple[Any, ...]],
+        *,
+        in_flight: int = 256,
+        on_error: Failed | None = None,
+    ) -> AsyncGenerator[Receipt, None]:
         """Publish in a pipeline; yields receipts in the order of `events`, at most `in_flight` unconfirmed.
 
-        An event that fails raises its error where its receipt would be; those behind it are given up unconfirmed.
+        `events` are of `Event`, or tuples of its members: ``(user, type, data)``. One that fails goes to `on_error`,
+        in its turn and with its id, and the rest goes on. Without `on_error` its error is raised in its turn, with
+        a note that names it; what is under way behind it is then given up, stored or not.
         """
-        under_way: deque[asyncio.Task[Receipt]] = deque()
+        if in_flight < 1:
+            raise ValueError(f"in_flight is {in_flight}: it must be at least 1")
+        under_way: deque[_Fed] = deque()
+        room = asyncio.Semaphore(in_flight)
+        news = asyncio.Event()
+        feeder = asyncio.create_task(self._feed(events, under_way, room, news))
+        number = 0
         try:
-            async for event in _each(events):
-                under_way.append(asyncio.ensure_future(self.publish(event.user, event.type, event.data, id=event.id)))
-                if len(under_way) >= in_flight:
-                    yield await under_way.popleft()
-            while under_way:
-                yield await under_way.popleft()
+            while True:
+                while not under_way:
+                    if feeder.done():
+                        feeder.result()
+                        return
+                    news.clear()
+                    await news.wait()
+                event, attempt = under_way[0]
+                receipt = None
+                try:
+                    if isinstance(attempt, TidingsError):
+                        raise attempt
+                    receipt = await self._confirmed(attempt)
+                except TidingsError as error:
+                    if on_error is None:
+                        error.add_note(f"in publish_many: event {number}, to {event.user!r}, id {event.id!r}")
+                        raise
+                    told = on_error(event, error)
+                    if inspect.isawaitable(told):
+                        await told
+                under_way.popleft()
+                room.release()
+                number += 1
+                if receipt is not None:
+                    yield receipt
         finally:
-            for task in under_way:
-                task.cancel()
-            await asyncio.gather(*under_way, return_exceptions=True)
+            feeder.cancel()
+            # Whatever it failed of came out above, or nobody asks any more.
+            await asyncio.gather(feeder, return_exceptions=True)
+            for _, attempt in under_way:
+                if isinstance(attempt, Attempt):
+                    self._waiting.pop(attempt.key, None)
 
-    async def _store(self, where: str, id: str, body: bytes) -> Receipt:
-        backoff = Backoff(0.05, 2.0)
-        problem = "nobody answered"
-        header = _header(where, id)
+    async def _feed(
+        self,
+        events: Iterable[Event | tuple[Any, ...]] | AsyncIterable[Event | tuple[Any, ...]],
+        under_way: deque[_Fed],
+        room: asyncio.Semaphore,
+        news: asyncio.Event,
+    ) -> None:
+        """Send each event as soon as there is room for it, while the receipts of those before are waited for."""
         try:
-            async with asyncio.timeout(self._timeout_s):
-                while True:
-                    answer = await self._attempt(where, header, body)
-                    error = answer.get("error")
-                    if error is None:
-                        duplicate = bool(answer.get("duplicate"))
-                        return Receipt(id, answer["stream"], answer["seq"], duplicate)
-                    problem = str(error.get("description", "no reason given"))
-                    if error.get("code") != _TEMPORARY:
-                        hint = _HINTS.get(error.get("err_code", 0), "")
-                        raise PublishRefused(f"the log refuses {id}: {problem}" + (f"; {hint}" if hint else ""))
-                    await asyncio.sleep(backoff.next())
-        except TimeoutError:
-            raise PublishUnconfirmed(
-                f"{id} was not confirmed within {self._timeout_s:g} s ({problem}): publish it again with the same id"
-            ) from None
+            if isinstance(events, AsyncIterable):
+                async for event in events:
+                    await room.acquire()
+                    under_way.append(self._begin_event(Event(*event)))
+                    news.set()
+            else:
+                for event in events:
+                    await room.acquire()
+                    under_way.append(self._begin_event(Event(*event)))
+                    news.set()
+        finally:
+            news.set()
 
-    async def _attempt(self, where: str, header: bytes, body: bytes) -> dict[str, Any]:
-        """Send once and wait for the confirmation; no answer is an answer with a temporary error."""
+    def _begin_event(self, event: Event) -> _Fed:
+        """Send an event; its mistakes are kept for its turn."""
+        try:
+            where = subject.notify_user(event.user)
+            id, body = build(
+                type=event.type,
+                data=event.data,
+                source=self._source,
+                id=event.id,
+                time=event.time,
+                **event.attributes,
+            )
+            attempt = self._begin(where, id, body)
+        except TidingsError as error:
+            return _Fed(event, error)
+        return _Fed(event if event.id == id else event._replace(id=id), attempt)
+
+    # One publish
+
+    def _begin(self, where: str, id: str, body: bytes) -> Attempt:
+        """Send once, without waiting; `_confirmed` sees to the rest. Whatever begins here must end there."""
         if self._connection is None:
-            raise PublishRefused("the publisher is closed")
+            raise StreamUnavailable("the publisher is not open: use `async with`")
         self._number += 1
-        key = b"%b.%d" % (self._inbox.encode(), self._number)
-        future = self._waiting[key] = asyncio.get_running_loop().create_future()
-        try:
-            if not self._connection.send(where, body, key.decode(), header):
-                return {"error": {"code": _TEMPORARY, "description": "no connection to NATS"}}
-            async with asyncio.timeout(_ATTEMPT_S):
-                answer: dict[str, Any] = await future
-                return answer
-        except TimeoutError:
-            return {"error": {"code": _TEMPORARY, "description": "no confirmation came"}}
-        finally:
-            del self._waiting[key]
+        attempt = Attempt(where, id, body, f"{self._inbox}{self._number}")
+        self._waiting[attempt.key] = attempt
+        self._send(attempt)
+        return attempt
+
+    def _send(self, attempt: Attempt) -> None:
+        """Every attempt has the same reply subject: a late answer to an earlier one is as good."""
+        loop = asyncio.get_running_loop()
+        attempt.sent(loop.create_future(), loop.time())
+        if self._connection is None:
+            attempt.settle(Verdict.closed())
+        elif not self._connection.send(attempt.where, attempt.body, attempt.reply, attempt.header):
+            attempt.settle(Verdict.temporary("there is no connection to NATS"))
 
     def _answered(self, where: bytes, reply: bytes, header: bytes | None, payload: bytes) -> None:
-        future = self._waiting.get(where)
-        if future is None or future.done():
+        attempt = self._waiting.get(where)
+        if attempt is None:
             return
-        if header is not None and not payload:
-            status, _ = status_of(header)
-            hint = "no stream stores this subject: is the topology applied and the mapping in force?"
-            future.set_result({"error": {"code": status, "description": hint}})
+        verdict = read_answer(header, payload)
+        if verdict is None:
+            log.warning(
+                "somebody else than JetStream answers on %s: is it meant to be subscribed there?", attempt.where
+            )
         else:
-            future.set_result(orjson.loads(payload))
+            attempt.settle(verdict)
 
-
-def _header(where: str, id: str) -> bytes:
-    """The message id names user and notification: users share a partition's stream, and may share an event's id."""
-    token = where.rpartition(".")[2]
-    return b"NATS/1.0\r\nNats-Msg-Id: %b/%b\r\n\r\n" % (token.encode(), quote(id, safe="").encode())
-
-
-async def _each(events: Iterable[Event] | AsyncIterable[Event]) -> AsyncIterator[Event]:
-    if isinstance(events, AsyncIterable):
-        async for event in events:
-            yield event
-    else:
-        for event in events:
-            yield event
+    async def _confirmed(self, attempt: Attempt) -> Receipt:
+        """Wait for the log's word, and send again until there is one."""
+        clock = asyncio.get_running_loop().time
+        deadline = attempt.began + self._timeout_s
+        backoff: Backoff | None = None
+        try:
+            while True:
+                verdict = await attempt.verdict(min(attempt.last_sent + _ATTEMPT_S, deadline))
+                if verdict.stream is not None:
+                    return Receipt(attempt.id, verdict.stream, verdict.seq, verdict.duplicate)
+                no_stream = verdict.unheard and attempt.last_sent - attempt.began > _ELECTION_S
+                if verdict.final or no_stream:
+                    raise PublishRefused(f"the log refuses {attempt.id}: {verdict.problem}")
+                backoff = backoff or Backoff(0.05, 2.0)
+                # From when it was sent: one that was waited for long enough, in a pipeline too, goes again at once.
+                next_time = max(clock(), attempt.last_sent + backoff.next())
+                if verdict.is_closed or next_time >= deadline:
+                    raise PublishUnconfirmed(
+                        f"{attempt.id} was not confirmed within {clock() - attempt.began:.1f} s "
+                        f"({verdict.problem}): publish it again with the same id"
+                    )
+                await asyncio.sleep(next_time - clock())
+                self._send(attempt)
+        finally:
+            self._waiting.pop(attempt.key, None)

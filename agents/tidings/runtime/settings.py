@@ -67,7 +67,7 @@ class Settings:
     pull_expires_s: float = _number(300, 1, 3600, "how long one pull request waits at the server")
     consumer_idle_s: float = _number(300, 10, 86_400, "how long a killed gateway's consumers stay")
     consumer_starts: int = _number(64, 1, 4096, "most consumers that a gateway makes at a time")
-    cursor_flush_s: float = _number(3, 0.1, 300, "how often changed cursors are written")
+    cursor_flush_s: float = _number(5, 0.1, 300, "how often changed cursors are written")
     catchup_cap: int = _number(1000, 1, 100_000, "most missed notifications that are pushed from the inbox")
     overlap_s: float = _number(
         300, 0, 86_400, "how far back a device without a known cursor reads while the store is down"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Final
 
 import nats.errors
@@ -122,6 +122,11 @@ class Connection(Client):
         """Acknowledge a JetStream message (``+TERM`` and ``-NAK`` are verdicts too). A lost one is redelivered."""
         if self.is_connected:
             self._queue(b"PUB %b %d\r\n%b\r\n" % (reply, len(verdict), verdict))
+
+    def ack_all(self, replies: Iterable[bytes]) -> None:
+        """Acknowledge many messages with one command buffer."""
+        if self.is_connected:
+            self._queue(b"".join([b"PUB %b 0\r\n\r\n" % reply for reply in replies]))
 
     def _queue(self, command: bytes) -> None:
         # nats-py's own list: what it queues itself and what comes here leave in the order of the calls.

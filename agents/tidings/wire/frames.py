@@ -146,9 +146,13 @@ def _integer(frame: dict[str, Any], name: str, least: int, most: int) -> int | N
 
 def _listed(frame: dict[str, Any]) -> list[str]:
     value = frame.get("pos")
-    if type(value) is not list or len(value) > MAX_POSITIONS or any(type(item) is not str for item in value):
-        raise BadFrame(f"`pos` must be a list of at most {MAX_POSITIONS} positions")
-    return value
+    if type(value) is list and len(value) <= MAX_POSITIONS:
+        for item in value:
+            if type(item) is not str:
+                break
+        else:
+            return value
+    raise BadFrame(f"`pos` must be a list of at most {MAX_POSITIONS} positions")
 
 
 def _hello(frame: dict[str, Any], ref: Ref) -> Hello:

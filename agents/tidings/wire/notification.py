@@ -30,6 +30,7 @@ _REQUIRED: Final = ("id", "source", "type")
 _OPTIONAL_TEXT: Final = ("subject", "datacontenttype", "dataschema", "topic", "collapsekey", "traceparent")
 _TIMES: Final = ("time", "expires")
 _KNOWN: Final = frozenset((*_REQUIRED, *_OPTIONAL_TEXT, *_TIMES, "specversion", "data", "priority"))
+_CHECKED: Final = frozenset((*_REQUIRED, "specversion", "data"))
 _EXTENSION: Final = re.compile(r"[a-z0-9]{1,64}")
 
 
@@ -57,12 +58,12 @@ def check(body: bytes) -> Envelope:
         value = event.get(name)
         if type(value) is not str or not 0 < len(value) <= MAX_NAME:
             raise InvalidNotification(f"`{name}` must be a string of 1 to {MAX_NAME} characters")
-    for name, value in event.items():
-        # Most events hold nothing but the four required attributes, `time` and `data`.
-        if name not in _KNOWN:
-            _check_extension(name, value)
-        elif name not in _REQUIRED and name != "data":
-            _check_optional(name, value)
+    # Most events hold nothing but the required attributes, `time` and `data`.
+    for name in event.keys() - _CHECKED:
+        if name in _KNOWN:
+            _check_optional(name, event[name])
+        else:
+            _check_extension(name, event[name])
     return Envelope(event["id"], event["type"], event.get("topic"))
 
 
@@ -77,7 +78,7 @@ def _check_optional(name: str, value: Any) -> None:
     elif name == "priority":
         if value not in PRIORITIES:
             raise InvalidNotification(f"`priority` must be one of {', '.join(PRIORITIES)}")
-    elif name in _OPTIONAL_TEXT and (type(value) is not str or not value):
+    elif type(value) is not str or not value:
         raise InvalidNotification(f"`{name}` must be a string that is not empty")
 
 

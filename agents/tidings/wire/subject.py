@@ -34,7 +34,6 @@ __all__ = [
     "partition",
     "presence",
     "unescape",
-    "user_of_part",
 ]
 
 MAX_ID: Final = 200
@@ -100,14 +99,6 @@ def part_user(token: str, number: int | str) -> str:
 def part_wildcard(number: int) -> str:
     """All that one partition's stream stores."""
     return f"part.{number}.user.*"
-
-
-def user_of_part(subject: str) -> str:
-    """The user of a stored message's subject; raises `BadSubject` for any other subject."""
-    head, _, tail = subject.partition(".user.")
-    if not head.startswith("part.") or not tail:
-        raise BadSubject(f"{subject[:80]!r} is not the subject of a personal notification")
-    return unescape(tail)
 
 
 def dead(plane: str) -> str:
