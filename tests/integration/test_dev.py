@@ -52,8 +52,8 @@ async def test_says_where_to_look(tmp_path: Path) -> None:
 async def test_greeting_lines_work(tmp_path: Path) -> None:
     """The lines to copy do what they say."""
     async with dev(tmp_path / "state") as mesh:
-        listen = (await mesh.command.said(r"^ +tidings (listen .*)$"))[1]
-        publish = (await mesh.command.said(r"^ +tidings (publish .*)$"))[1].replace("'", "")
+        listen = (await mesh.command.said(r"^ +\S*tidings (listen .*)$"))[1]
+        publish = (await mesh.command.said(r"^ +\S*tidings (publish .*)$"))[1].replace("'", "")
         async with tidings(*listen.split()) as listener:
             await listener.said("listening as alice")
             published = await answer(*publish.split())

@@ -27,11 +27,9 @@ from datetime import datetime
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Self
 
-from nats.aio.subscription import Subscription
-
 from tidings.runtime.backoff import Backoff
 from tidings.runtime.settings import Settings
-from tidings.stream.connection import Connection, connect
+from tidings.stream.connection import Connection, Subscription, connect
 from tidings.wire import subject
 from tidings.wire.errors import PublishRefused, PublishUnconfirmed, StreamUnavailable, TidingsError
 from tidings.wire.notification import build, check

@@ -23,7 +23,7 @@ from nats.protocol.parser import AWAITING_CONTROL_LINE, Parser
 from tidings.runtime.settings import Settings
 from tidings.wire.errors import StreamUnavailable
 
-__all__ = ["ApiError", "Connection", "Handler", "connect"]
+__all__ = ["ApiError", "Connection", "Handler", "Subscription", "connect"]
 
 Handler = Callable[[bytes, bytes, bytes | None, bytes], None]
 """Called with subject, reply subject (empty for none), raw headers (None for none) and payload."""
