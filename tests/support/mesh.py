@@ -138,7 +138,7 @@ class Mesh:
 
     async def stuck_inbox(self) -> Agent:
         """An inbox process that stores and then neither acknowledges nor goes on."""
-        return await self._start("inbox", {}, program=[str(Path(__file__).with_name("stuck_inbox.py"))])
+        return await self._start("inbox", {}, program=["-P", str(Path(__file__).with_name("stuck_inbox.py"))])
 
     async def _start(self, kind: str, changed: dict[str, Any], program: list[str] | None = None) -> Agent:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("TIDINGS_")}
