@@ -197,6 +197,15 @@ async def test_window_holds_back(mesh: Mesh) -> None:
     assert alice.ids == sent[:9]
 
 
+async def test_full_window_is_redelivered(mesh: Mesh) -> None:
+    """With the window full of unacknowledged notifications, they still come again."""
+    gateway, _ = await mesh.gateway(ack_wait_s=0.5), await mesh.inbox()
+    alice = await mesh.online(gateway, "alice", auto_ack=False, window=3)
+    sent = await mesh.publish("alice", 5)
+    await alice.until(lambda: [item["try"] for item in alice.items[:6]] == [1, 1, 1, 2, 2, 2], "each of three twice")
+    assert set(alice.ids) == set(sent[:3])
+
+
 async def test_window_counts_the_inbox_part(mesh: Mesh) -> None:
     """While a catch-up is unacknowledged, stream and inbox together stay within the window."""
     gateway, _ = await mesh.gateway(linger_s=0, ack_wait_s=30), await mesh.inbox()

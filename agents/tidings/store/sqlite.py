@@ -8,7 +8,6 @@ have connections of their own and see the last commit. Several processes may sha
 from __future__ import annotations
 
 import asyncio
-import logging
 import sqlite3
 import threading
 import time
@@ -23,16 +22,7 @@ from tidings.wire.errors import StoreUnavailable
 from tidings.wire.frames import Filter, MarkAs
 from tidings.wire.position import Position
 
-from .port import (
-    UNREAD_CAP,
-    Claimed,
-    Cursor,
-    CursorUpdate,
-    Holder,
-    InboxItem,
-    InboxPage,
-    InboxRow,
-)
+from .port import UNREAD_CAP, Claimed, Cursor, CursorUpdate, Holder, InboxItem, InboxPage, InboxRow
 from .sqlite_schema import MIGRATIONS
 
 __all__ = ["SqliteStore"]
@@ -96,26 +86,35 @@ _SAVE: Final = """
     WHERE user = ? AND device = ? AND gateway = ? AND session = ? AND (incarnation, sequence) <= (?, ?)"""
 _CURSOR: Final = "incarnation, sequence, acked, attempts, gateway, session"
 
-log = logging.getLogger("tidings.store")
+_DAMAGED: Final = "it is damaged or no SQLite file; move it away to begin with an empty one"
+_RIGHTS: Final = "the agent must be allowed to write the file and its folder"
+_HINTS: Final = {
+    sqlite3.SQLITE_NOTADB: _DAMAGED,
+    sqlite3.SQLITE_CORRUPT: _DAMAGED,
+    sqlite3.SQLITE_CANTOPEN: _RIGHTS,
+    sqlite3.SQLITE_READONLY: _RIGHTS,
+}
 
 
 class _Waiting:
     """A write that waits for its commit."""
 
-    __slots__ = ("error", "future", "operation", "result")
+    __slots__ = ("committed", "error", "future", "operation", "result")
 
     def __init__(self, operation: Operation, future: asyncio.Future[Any]) -> None:
         self.operation = operation
         self.future = future
         self.result: Any = None
         self.error: BaseException | None = None
+        self.committed = False
 
 
 class SqliteStore:
     """The `Store` port on a SQLite file; the folder is made when it is missing."""
 
     def __init__(self, path: str | Path, *, busy_timeout_s: float = 5.0, pending_limit: int = 10_000) -> None:
-        self._path = Path(path)
+        # Readers connect later, perhaps from another working directory.
+        self._path = Path(path).absolute()
         self._busy_timeout_s = busy_timeout_s
         self._pending_limit = pending_limit
         self._pending: list[_Waiting] = []
@@ -125,36 +124,52 @@ class SqliteStore:
         self._read_pool = ThreadPoolExecutor(_READERS, "sqlite-reader")
         self._local = threading.local()
         self._readers: list[sqlite3.Connection] = []
+        self._reading = 0
         self._open = False
+        self._closed = False
+        self._life = asyncio.Lock()
 
     # Life
 
     async def open(self) -> None:
-        loop = asyncio.get_running_loop()
-        try:
-            self._writer = await loop.run_in_executor(self._write_pool, self._prepare)
-        except (sqlite3.Error, OSError) as error:
-            raise self._unavailable(error) from error
-        self._open = True
+        async with self._life:
+            if self._closed:
+                raise StoreUnavailable(f"the store {self._path} is closed")
+            try:
+                await asyncio.get_running_loop().run_in_executor(self._write_pool, self._prepare)
+            except (sqlite3.Error, OSError) as error:
+                raise self._unavailable(error) from error
+            self._open = True
 
     async def close(self) -> None:
-        self._open = False
-        while self._committing is not None:
-            await asyncio.shield(self._committing)
-        loop = asyncio.get_running_loop()
-        writer, self._writer = self._writer, None
-        if writer is not None:
-            await loop.run_in_executor(self._write_pool, writer.close)
-        readers, self._readers = self._readers, []
-        self._read_pool.shutdown(wait=True)
-        self._write_pool.shutdown(wait=True)
-        for reader in readers:
-            reader.close()
+        async with self._life:
+            self._open, self._closed = False, True
+            while self._committing is not None:
+                await asyncio.shield(self._committing)
+            await asyncio.to_thread(self._let_go)
 
-    def _prepare(self) -> sqlite3.Connection:
+    def _let_go(self) -> None:
+        """Not on the loop: reads may still run, and the last connection writes the log back into the file."""
+        self._read_pool.shutdown()
+        self._write_pool.shutdown()
+        while self._readers:
+            self._readers.pop().close()
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _prepare(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         connection = self._connect()
-        connection.execute("PRAGMA journal_mode = WAL")
+        try:
+            self._migrate(connection)
+        except BaseException:
+            connection.close()
+            raise
+        self._writer = connection
+
+    def _migrate(self, connection: sqlite3.Connection) -> None:
+        self._change_to_wal(connection)
         connection.execute("PRAGMA synchronous = FULL")
         # Hot pages are copied into the database once in 40 MB of log instead of once in 4: a fifth of a row's cost.
         connection.execute("PRAGMA wal_autocheckpoint = 10000")
@@ -162,7 +177,6 @@ class SqliteStore:
         connection.execute("BEGIN IMMEDIATE")
         version = connection.execute("PRAGMA user_version").fetchone()[0]
         if version > len(MIGRATIONS):
-            connection.close()
             raise StoreUnavailable(
                 f"{self._path} has schema {version} and this version of Tidings knows {len(MIGRATIONS)}: update Tidings"
             )
@@ -172,7 +186,18 @@ class SqliteStore:
                     connection.execute(statement)
         connection.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
         connection.execute("COMMIT")
-        return connection
+
+    def _change_to_wal(self, connection: sqlite3.Connection) -> None:
+        """SQLite does not wait for this lock itself: agents that start together on a new file would fail."""
+        deadline = time.monotonic() + self._busy_timeout_s
+        while True:
+            try:
+                connection.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() >= deadline:
+                    raise
+            time.sleep(0.01)
 
     def _connect(self) -> sqlite3.Connection:
         # A connection is closed by another thread than the one that used it; never used by two at a time.
@@ -184,22 +209,23 @@ class SqliteStore:
             cached_statements=64,
         )
 
-    def _unavailable(self, error: BaseException) -> StoreUnavailable:
-        if isinstance(error, StoreUnavailable):
-            return error
-        hint = ""
-        if isinstance(error, sqlite3.DatabaseError) and "not a database" in str(error):
-            hint = ": it is damaged or no SQLite file; move it away to begin with an empty one"
-        return StoreUnavailable(f"the store {self._path} does not work: {error}{hint}")
+    def _unavailable(self, error: sqlite3.Error | OSError) -> StoreUnavailable:
+        # SQLite's extended codes have the primary one in their lowest byte.
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        hint = _RIGHTS if isinstance(error, OSError) else _HINTS.get(code)
+        return StoreUnavailable(f"the store {self._path} does not work: {error}{f': {hint}' if hint else ''}")
+
+    def _admit(self, waiting: int) -> None:
+        if not self._open:
+            raise StoreUnavailable(f"the store {self._path} is closed")
+        if waiting >= self._pending_limit:
+            raise StoreUnavailable(f"{waiting} operations wait for {self._path}: it does not keep up")
 
     # Writing: group commit
 
     async def _write(self, operation: Callable[[sqlite3.Connection], Result]) -> Result:
         """Run `operation` in the next transaction; returns when it is durable."""
-        if not self._open:
-            raise StoreUnavailable(f"the store {self._path} is closed")
-        if len(self._pending) >= self._pending_limit:
-            raise StoreUnavailable(f"{len(self._pending)} writes wait for {self._path}: it does not keep up")
+        self._admit(len(self._pending))
         loop = asyncio.get_running_loop()
         waiting = _Waiting(operation, loop.create_future())
         self._pending.append(waiting)
@@ -212,43 +238,53 @@ class SqliteStore:
     def _begin(self) -> None:
         batch, self._pending = self._pending, []
         done = asyncio.get_running_loop().run_in_executor(self._write_pool, self._commit, batch)
-        done.add_done_callback(lambda _: self._committed(batch))
+        done.add_done_callback(lambda done: self._committed(batch, done))
 
     def _commit(self, batch: list[_Waiting]) -> None:
-        """In the writer's thread: all in one transaction, or, where one fails, each in its own."""
-        try:
-            self._transact(batch)
-        except sqlite3.Error as error:
-            if len(batch) == 1:
-                batch[0].error = error
-                return
+        """In the writer's thread: all in one transaction, or, where an operation fails, each in its own."""
+        if not self._transact(batch) and len(batch) > 1:
             for waiting in batch:
-                try:
-                    self._transact([waiting])
-                except sqlite3.Error as own:
-                    waiting.error = own
+                self._transact([waiting])
 
-    def _transact(self, batch: list[_Waiting]) -> None:
+    def _transact(self, batch: list[_Waiting]) -> bool:
+        """False when an operation failed, whose error is with it; raises when the file takes no transaction.
+
+        A file that is locked or full is so for all who wait: they fail together, not each after its own timeout.
+        """
         assert self._writer is not None
         self._writer.execute("BEGIN IMMEDIATE")
+        running: _Waiting | None = None
         try:
-            for waiting in batch:
-                waiting.result = waiting.operation(self._writer)
+            for running in batch:
+                running.result = running.operation(self._writer)
+            running = None
             self._writer.execute("COMMIT")
-        except BaseException:
+        except Exception as error:
             if self._writer.in_transaction:
                 self._writer.execute("ROLLBACK")
-            raise
+            if running is None:
+                raise
+            running.error = error
+            return False
+        for waiting in batch:
+            waiting.committed = True
+        return True
 
-    def _committed(self, batch: list[_Waiting]) -> None:
+    def _committed(self, batch: list[_Waiting], done: asyncio.Future[None]) -> None:
+        broken = done.exception()
         for waiting in batch:
             if waiting.future.done():
                 continue
-            if waiting.error is None:
+            error = waiting.error or broken
+            if waiting.committed:
                 waiting.future.set_result(waiting.result)
+            elif error is None:
+                waiting.future.set_exception(StoreUnavailable(f"the store {self._path} did not write it"))
+            elif isinstance(error, sqlite3.Error):
+                unavailable = self._unavailable(error)
+                unavailable.__cause__ = error
+                waiting.future.set_exception(unavailable)
             else:
-                error = self._unavailable(waiting.error)
-                error.__cause__ = waiting.error
                 waiting.future.set_exception(error)
         if self._pending:
             self._begin()
@@ -259,20 +295,21 @@ class SqliteStore:
     # Reading
 
     async def _read(self, query: str, *parameters: object) -> list[Any]:
-        if not self._open:
-            raise StoreUnavailable(f"the store {self._path} is closed")
-        loop = asyncio.get_running_loop()
+        self._admit(self._reading)
+        self._reading += 1
         try:
-            return await loop.run_in_executor(self._read_pool, self._fetch, query, parameters)
+            return await asyncio.get_running_loop().run_in_executor(self._read_pool, self._fetch, query, parameters)
         except sqlite3.Error as error:
             raise self._unavailable(error) from error
+        finally:
+            self._reading -= 1
 
     def _fetch(self, query: str, parameters: tuple[object, ...]) -> list[Any]:
         connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
         if connection is None:
             connection = self._local.connection = self._connect()
-            connection.execute("PRAGMA query_only = 1")
             self._readers.append(connection)
+            connection.execute("PRAGMA query_only = 1")
         return connection.execute(query, parameters).fetchall()
 
     # The port
