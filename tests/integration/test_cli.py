@@ -175,10 +175,10 @@ async def test_topology_apply_without_mapping(nats: NatsServer) -> None:
     assert "mappings:" in ran.sentence()
 
 
-async def test_no_nats_server() -> None:
+async def test_no_nats_server(tmp_path: Path) -> None:
     """Commands that need NATS say that none is there."""
     for arguments in (("publish", "--user", "a", "--type", "t"), ("topology", "show"), ("inbox",)):
-        ran = await answer(*arguments, TIDINGS_NATS_URL="nats://127.0.0.1:1")
+        ran = await answer(*arguments, cwd=tmp_path, TIDINGS_NATS_URL="nats://127.0.0.1:1")
         assert ran.process.returncode == 1
         assert "nats://127.0.0.1:1" in ran.sentence()
 

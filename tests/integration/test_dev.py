@@ -142,7 +142,7 @@ async def test_second_ctrl_c_forces(tmp_path: Path) -> None:
         os.kill(frozen, signal.SIGSTOP)
         try:
             command.process.send_signal(signal.SIGINT)
-            await command.said("stops")
+            await command.said("stopping")
             assert await command.stop() == 130
         finally:
             os.kill(frozen, signal.SIGCONT)

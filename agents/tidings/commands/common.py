@@ -104,6 +104,7 @@ async def serve(service: Service, started: Callable[[], None] | None = None) -> 
             if started is not None:
                 started()
             await _until_told(service, stopping)
+            service.log.info("stopping; another Ctrl-C ends it at once")
             await service.drain()
     finally:
         stopping.cancel()
