@@ -362,9 +362,10 @@ async def test_inbox_verbs_and_frames_for_the_other_devices(mesh: Mesh) -> None:
     assert rest["next"] is None
     archived = await tablet.ask("inbox", filter="archived")
     assert [(item["pos"], item["archived"]) for item in archived["items"]] == [(positions[4], True)]
-    assert (await phone.ask("mark", **{"as": "read", "pos": "all"}))["t"] == "ok"
+    marked = await phone.ask("mark", **{"as": "read", "pos": "all"})
+    assert marked["t"] == "ok"
     await laptop.expect_frame("count", unread=0)
-    await laptop.expect_frame("state", pos="all", **{"as": "read"})
+    await laptop.expect_frame("state", pos="all", upto=marked["upto"], **{"as": "read"})
 
 
 async def test_invalid_bodies_are_dead_letters_and_block_nobody(mesh: Mesh) -> None:

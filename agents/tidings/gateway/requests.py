@@ -51,16 +51,18 @@ class Requests:
     async def _mark(self, session: Session, socket: Socket, mark: Mark) -> None:
         store, user = self._hub.store, session.user
         told: list[bytes] = []
+        done = frames.ok(mark.ref)
         if mark.positions is None:
             upto = self._newest(session)
             await store.mark_all(user, upto, mark.as_)
             told.append(frames.state(None, mark.as_, str(upto)))
+            done = frames.ok(mark.ref, upto=str(upto))
         elif mark.positions:
             if not await self._hub.is_real(session, max(mark.positions)):
                 raise BadPosition(f"{max(mark.positions)} is a position that this mesh has not handed out yet")
             await store.mark(user, mark.positions, mark.as_)
             told.append(frames.state([str(position) for position in mark.positions], mark.as_))
-        socket.send(frames.ok(mark.ref))
+        socket.send(done)
         badge = frames.count(await store.unread(user))
         # The device that asked knows its own mark; the badge is news to all.
         await self._hub.tell_user(user, [*told, badge], but=session)

@@ -115,7 +115,7 @@ export class Card {
     listen("status", (detail) => this.#renderStatus(detail));
     listen("welcome", () => this.#welcomed());
     listen("notification", (detail) => this.#delivered(detail));
-    listen("caughtup", ({ items }) => items && this.#refresh(true));
+    listen("caughtup", ({ items }) => this.#caughtUp(items));
     listen("acked", ({ pos }) => this.#acked(pos));
     listen("unread", ({ unread }) => this.#renderBadge(unread));
     listen("marked", (detail) => this.#marked(detail));
@@ -133,6 +133,12 @@ export class Card {
     this.#gapAt = null;
     this.#setNote("gap", null);
     this.#refresh();
+  }
+
+  /** From here on what comes is news. */
+  #caughtUp(items) {
+    this.root.dataset.live = true;
+    if (items) this.#refresh(true);
   }
 
   #delivered(item) {
@@ -256,6 +262,7 @@ export class Card {
     const shown = status === "stopped" ? "offline" : status;
     const state = this.#part("state");
     this.root.dataset.status = state.dataset.state = shown;
+    this.root.dataset.live = false;
     state.title = waiting ? `${reason || "the connection was lost"} (${code ?? "not connected"})` : "";
     state.querySelector("[role=status]").textContent = waiting ? "reconnecting" : shown;
     this.root.querySelector("[data-do=retry]").hidden = !waiting;

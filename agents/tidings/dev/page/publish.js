@@ -97,6 +97,7 @@ export class Publisher {
     const data = JSON.stringify({ text });
     const words = ["tidings publish", option("user", user), option("type", type), option("data", data)];
     if (id) words.push(option("id", id));
+    if (!isDefault(info.nats_url)) words.push(option("nats", info.nats_url));
     byTestId(this.root, "cmd-tidings").textContent = words.join(" ");
     byTestId(this.root, "cmd-nats").textContent = natsCommand(user, type, data, id || this.#freshId);
   }
@@ -140,9 +141,10 @@ function natsCommand(user, type, data, id) {
   const event = JSON.stringify({ specversion: "1.0", id, source: SOURCE, type, data: JSON.parse(data) });
   // The nats command takes two braces for a template of its own.
   const body = event.replaceAll("{{", "{\\u007b");
-  const words = ["nats pub --jetstream", quote(`notify.user.${escape(user)}`), quote(body)];
-  // The stream knows a repetition by this header.
-  words.push("-H", quote(`Nats-Msg-Id:${id}`));
+  const token = escape(user);
+  const words = ["nats pub --jetstream", quote(`notify.user.${token}`), quote(body)];
+  // The stream, which users share, knows a repetition by this header.
+  words.push("-H", quote(`Nats-Msg-Id:${token}/${id}`));
   if (!isDefault(info.nats_url)) words.push("--server", quote(info.nats_url));
   return words.join(" ");
 }

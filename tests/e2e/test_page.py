@@ -1,0 +1,156 @@
+"""The page in a real browser, on a mesh that `tidings dev` runs."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from playwright.async_api import Locator, Page, expect
+
+from support.browser import open_page
+from support.command import answer
+from support.dev import Dev, dev
+
+
+@pytest.fixture
+async def mesh(tmp_path: Path) -> AsyncIterator[Dev]:
+    async with dev(tmp_path / "state", TIDINGS_ACK_WAIT_S="1") as running:
+        yield running
+
+
+class Card:
+    """One device on the page."""
+
+    def __init__(self, page: Page, number: int) -> None:
+        self.root = page.get_by_test_id(f"card-{number}")
+
+    def part(self, name: str) -> Locator:
+        return self.root.get_by_test_id(name)
+
+    @property
+    def items(self) -> Locator:
+        return self.part("item")
+
+    async def is_online(self) -> None:
+        await expect(self.part("state")).to_have_attribute("data-state", "online")
+
+    async def has_unread(self, count: str) -> None:
+        await expect(self.part("badge")).to_have_text(count)
+
+    async def ids(self) -> list[str]:
+        found: list[str] = await self.items.evaluate_all("items => items.map((item) => item.dataset.id)")
+        return found
+
+
+async def cards(page: Page) -> tuple[Card, Card, Card]:
+    """Alice's phone, her laptop, Bob's phone: online, and past the moment in which news count as caught up."""
+    phone, laptop, bob = (Card(page, number) for number in range(3))
+    for card in (phone, laptop, bob):
+        await card.is_online()
+        await card.has_unread("0")
+        await expect(card.root).to_have_attribute("data-live", "true")
+    return phone, laptop, bob
+
+
+async def publish(page: Page, text: str, id: str) -> None:
+    """By the page's form."""
+    await page.get_by_test_id("pub-text").fill(text)
+    await page.get_by_test_id("pub-id").fill(id)
+    await page.get_by_test_id("pub-submit").click()
+
+
+async def test_publish_see_read(mesh: Dev) -> None:
+    """What the form publishes is on both devices of the user, acknowledged, as text; read on one is read on both."""
+    async with open_page(mesh.url) as page:
+        phone, laptop, bob = await cards(page)
+        await publish(page, "<img src=x onerror=alert(1)>", "one")
+        for card in (phone, laptop):
+            item = card.items
+            await expect(item).to_have_count(1)
+            await expect(item).to_have_attribute("data-id", "one")
+            await expect(item).to_have_attribute("data-acked", "true")
+            await expect(item).to_have_attribute("data-read", "false")
+            await expect(item).to_have_attribute("data-caughtup", "false")
+            await expect(item).to_contain_text("<img src=x onerror=alert(1)>")
+            await card.has_unread("1")
+        await expect(page.get_by_test_id("pub-result")).to_contain_text("phone")
+        await phone.part("mark-read").click()
+        for card in (phone, laptop):
+            await expect(card.items).to_have_attribute("data-read", "true")
+            await card.has_unread("0")
+        await laptop.part("archive").click()
+        await expect(phone.items).to_have_count(0)
+        await bob.has_unread("0")
+        await expect(bob.items).to_have_count(0)
+
+
+async def test_offline_and_catch_up(mesh: Dev) -> None:
+    """A device that is switched off misses nothing: switched on, it shows what came, as caught up, in order."""
+    async with open_page(mesh.url) as page:
+        phone, laptop, _ = await cards(page)
+        await publish(page, "before", "before")
+        await expect(phone.items).to_have_count(1)
+        await phone.part("switch").uncheck()
+        await expect(phone.part("state")).to_have_attribute("data-state", "offline")
+        await page.get_by_test_id("pub-id").fill("away")
+        await page.get_by_test_id("pub-burst").click()
+        await expect(laptop.items).to_have_count(11)
+        await expect(phone.items).to_have_count(1)
+        await phone.part("switch").check()
+        await phone.is_online()
+        await expect(phone.items).to_have_count(11)
+        await expect(phone.root.locator("[data-caughtup=true]")).to_have_count(10)
+        await expect(phone.root.locator("[data-acked=true]")).to_have_count(11)
+        assert await phone.ids() == await laptop.ids()
+        await phone.has_unread("11")
+        await laptop.part("read-all").click()
+        await phone.has_unread("0")
+        await expect(phone.root.locator("[data-read=true]")).to_have_count(11)
+
+
+async def test_unacknowledged_comes_again(mesh: Dev) -> None:
+    """Without its ack a notification comes a second time, until the button acknowledges it."""
+    async with open_page(mesh.url) as page:
+        phone, _, _ = await cards(page)
+        await phone.part("autoack").uncheck()
+        await publish(page, "by hand", "hand")
+        await expect(phone.items).to_have_attribute("data-acked", "false")
+        await expect(phone.items).to_have_attribute("data-try", "2")
+        await phone.part("ack").click()
+        await expect(phone.items).to_have_attribute("data-acked", "true")
+
+
+async def test_comes_back_by_itself(mesh: Dev) -> None:
+    """nats-server is killed under the page: it goes on without a reload, and a reload finds everything again."""
+    async with open_page(mesh.url) as page:
+        phone, laptop, _ = await cards(page)
+        await publish(page, "first", "first")
+        await expect(phone.items).to_have_count(1)
+        os.kill(mesh.nats_pid, signal.SIGKILL)
+        # The page's own request waits for nats-server as any publisher would.
+        await publish(page, "second", "second")
+        await expect(laptop.items).to_have_count(2)
+        await expect(phone.items).to_have_count(2)
+        await page.reload()
+        await phone.is_online()
+        await expect(phone.items).to_have_count(2)
+        await phone.has_unread("2")
+
+
+async def test_the_same_from_a_terminal(mesh: Dev, tmp_path: Path) -> None:
+    """The command line under the form publishes what the form would have published."""
+    async with open_page(mesh.url) as page:
+        phone, _, _ = await cards(page)
+        await page.get_by_test_id("pub-text").fill('it\'s "quoted" {{.ID}} $HOME')
+        shown = await page.get_by_test_id("cmd-tidings").text_content()
+        assert shown is not None
+        program, *words = shlex.split(shown)
+        assert program == "tidings"
+        ran = await answer(*words, cwd=tmp_path)
+        assert ran.process.returncode == 0, ran.lines
+        await expect(phone.items).to_contain_text('it\'s "quoted" {{.ID}} $HOME')
+        assert "Nats-Msg-Id:alice/" in (await page.get_by_test_id("cmd-nats").text_content() or "")
