@@ -6,10 +6,12 @@ An adapter's test module inherits `StoreConformance` and gives it the fixture `s
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from itertools import count
 from typing import Any, Final
 
@@ -19,8 +21,22 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
 from support.clock import PATIENCE_S
-from tidings.store.port import UNREAD_CAP, Cursor, CursorUpdate, Holder, InboxItem, InboxPage, InboxRow, Store
-from tidings.wire.errors import StoreUnavailable
+from tidings.store.port import (
+    UNREAD_CAP,
+    Claimed,
+    Cursor,
+    CursorUpdate,
+    Delivered,
+    DeliveredMark,
+    Holder,
+    InboxItem,
+    InboxPage,
+    InboxRow,
+    MarkAllAs,
+    PageQuery,
+    Store,
+)
+from tidings.wire.errors import RowsRefused, StoreUnavailable
 from tidings.wire.frames import FILTERS, MARKS, Filter, MarkAs
 from tidings.wire.position import Position
 
@@ -31,6 +47,10 @@ NOW_NS: Final = time.time_ns()
 NEWEST: Final = Position(2**48 - 1, 2**63 - 1)
 """The highest position there can be."""
 
+MARKS_OF_ALL: Final[tuple[MarkAllAs, ...]] = ("seen", "read", "archived")
+TYPES: Final = ("org.example.even", "org.example.odd")
+TOPICS: Final = (None, "news", "jobs")
+
 Ask = Callable[[Coroutine[Any, Any, Any]], Any]
 
 
@@ -39,12 +59,23 @@ def at(sequence: int, incarnation: int = 1_700_000_000_000) -> Position:
 
 
 def row(user: str, position: Position, body: bytes | None = None, stored_ns: int = NOW_NS) -> InboxRow:
+    """What is at a position never changes: its content comes from the position."""
     text = f"{user} {position}"
-    return InboxRow(user, position, f"id-{text}", "org.example.test", None, stored_ns, body or text.encode())
+    type_, topic = TYPES[position.sequence % 2], TOPICS[position.sequence % 3]
+    return InboxRow(user, position, f"id-{text}", type_, topic, stored_ns, body or text.encode())
 
 
 def rows(user: str, *sequences: int, stored_ns: int = NOW_NS) -> list[InboxRow]:
     return [row(user, at(sequence), stored_ns=stored_ns) for sequence in sequences]
+
+
+def first(number: int) -> Delivered:
+    """A delivery, the earlier the lower its number."""
+    return Delivered(NOW_NS // 10**6 + number, f"device-{number}", number)
+
+
+def delivered(user: str, position: Position, number: int) -> DeliveredMark:
+    return DeliveredMark(user, position, NOW_NS, first(number))
 
 
 def sequences(items: list[InboxItem] | InboxPage) -> list[int]:
@@ -65,7 +96,29 @@ async def marks(store: Store, user: str) -> dict[int, str]:
 
 
 async def first_page(store: Store, user: str, filter: Filter = "all", limit: int = 50) -> InboxPage:
-    return await store.page(user, before=None, limit=limit, filter=filter)
+    return await store.page(user, PageQuery(limit, filter=filter))
+
+
+async def follow(store: Store, user: str, query: PageQuery) -> list[list[int]]:
+    """The sequences of every page that `next` leads to, from the first to the last."""
+    pages: list[list[int]] = []
+    following: Position | None = None
+    while not pages or following is not None:
+        if following is not None:
+            query = query._replace(before=following) if query.after is None else query._replace(after=following)
+        page = await store.page(user, query)
+        pages.append(sequences(page))
+        following = page.next
+    return pages
+
+
+async def listed(store: Store, user: str, query: PageQuery) -> list[int]:
+    """All that the query asks for, however many pages a store makes of it."""
+    return [sequence for page in await follow(store, user, query) for sequence in page]
+
+
+async def exported(store: Store, user: str) -> list[dict[str, Any]]:
+    return [entry async for entry in store.export(user)]
 
 
 def update(device: str, holder: Holder, cursor: Cursor, *, release: bool = False) -> CursorUpdate:
@@ -74,6 +127,11 @@ def update(device: str, holder: Holder, cursor: Cursor, *, release: bool = False
 
 class StoreConformance:
     """The promises of `Store`, a test each."""
+
+    examples = 60
+    """Runs of the machine that does everything in any order; fewer where a request takes milliseconds."""
+    steps = 40
+    """Most operations of a run."""
 
     @pytest.fixture
     async def store(self) -> Store:
@@ -88,7 +146,7 @@ class StoreConformance:
         await store.append([row(ALICE, at(1)), row(ALICE, at(3), body), row(ALICE, at(2))])
         page = await first_page(store, ALICE)
         assert sequences(page) == [3, 2, 1]
-        assert page.items[0] == InboxItem(at(3), False, False, False, body)
+        assert page.items[0] == InboxItem(at(3), False, False, False, NOW_NS, body, None)
         assert page.next is None
 
     async def test_append_nothing(self, store: Store) -> None:
@@ -96,6 +154,7 @@ class StoreConformance:
         await store.append([])
         await store.mark(ALICE, [], "read")
         await store.mark_all(ALICE, NEWEST, "read")
+        await store.delivered([])
         assert await store.save([]) == []
         assert await first_page(store, ALICE) == InboxPage([], None)
         assert await store.holders(ALICE) == []
@@ -104,28 +163,92 @@ class StoreConformance:
         """A row that is there stays as it is, with its marks; the new ones beside it are stored."""
         await store.append(rows(ALICE, 1))
         await store.mark(ALICE, [at(1)], "read")
-        await store.append([row(ALICE, at(1), b"another"), row(ALICE, at(2), b"two"), row(ALICE, at(2), b"twice")])
+        await store.delivered([delivered(ALICE, at(1), 1)])
+        await store.append(rows(ALICE, 1, 2, 2))
         await store.mark(ALICE, [at(2), at(2)], "unread")
-        found = [(item.body, letters(item)) for item in await everything(store, ALICE)]
-        assert found == [(rows(ALICE, 1)[0].body, "sr"), (b"two", "")]
+        found = [(item.body, letters(item), item.delivered) for item in await everything(store, ALICE)]
+        expected = rows(ALICE, 1, 2)
+        assert found == [(expected[0].body, "sr", first(1)), (expected[1].body, "", None)]
+
+    async def test_append_what_can_never_be_stored(self, store: Store) -> None:
+        """Rows that no database takes are named with the reason; all others, before and after them, are stored."""
+        wrong = rows(ALICE, 2)[0]._replace(type="\ud800"), rows(ALICE, 4)[0]._replace(topic="a\udfff")
+        right = rows(ALICE, 1, 3, 5)
+        with pytest.raises(RowsRefused) as caught:
+            await store.append([right[0], wrong[0], right[1], wrong[1], right[2]])
+        assert set(caught.value.reasons) == {1, 3}
+        assert all(caught.value.reasons.values())
+        assert set(await marks(store, ALICE)) == {1, 3, 5}
+        with pytest.raises(RowsRefused):
+            await store.append([wrong[0]])
+        await store.append(rows(ALICE, 2))
+        assert set(await marks(store, ALICE)) == {1, 2, 3, 5}
+
+    async def test_refused_rows_are_nobody_elses(self, store: Store) -> None:
+        """Of many calls at the same time only the one whose row cannot be stored is told."""
+        wrong = rows(ALICE, 50)[0]._replace(id="\udc80")
+        calls = [store.append(rows(ALICE, number)) for number in range(1, 10)] + [store.append([wrong])]
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        assert outcomes[:9] == [None] * 9
+        assert isinstance(outcomes[9], RowsRefused)
+        assert set(await marks(store, ALICE)) == set(range(1, 10))
 
     async def test_pages_meet(self, store: Store) -> None:
         """Following `next` shows every row once; it is None exactly at the end."""
         await store.append(rows(ALICE, *range(1, 8)))
-        for limit, expected in ((3, [[7, 6, 5], [4, 3, 2], [1]]), (7, [[7, 6, 5, 4, 3, 2, 1]])):
-            before: Position | None = None
-            pages: list[list[int]] = []
-            while not pages or before is not None:
-                page = await store.page(ALICE, before=before, limit=limit, filter="all")
-                pages.append(sequences(page))
-                before = page.next
-            assert pages == expected
+        assert await follow(store, ALICE, PageQuery(3)) == [[7, 6, 5], [4, 3, 2], [1]]
+        assert await follow(store, ALICE, PageQuery(7)) == [[7, 6, 5, 4, 3, 2, 1]]
+        assert await follow(store, ALICE, PageQuery(3, after=at(1))) == [[2, 3, 4], [5, 6, 7]]
+        assert await follow(store, ALICE, PageQuery(4, after=at(1))) == [[2, 3, 4, 5], [6, 7]]
+
+    async def test_pages_meet_while_others_store(self, store: Store) -> None:
+        """What is stored between two pages moves nothing: no row is shown twice, none is left out."""
+        await store.append(rows(ALICE, 2, 4, 6, 8))
+        newest = await store.page(ALICE, PageQuery(2))
+        oldest = await store.page(ALICE, PageQuery(2, after=at(0)))
+        await store.append(rows(ALICE, 1, 9))
+        assert await listed(store, ALICE, PageQuery(2, before=newest.next)) == [4, 2, 1]
+        assert oldest.next is not None
+        assert await listed(store, ALICE, PageQuery(2, after=oldest.next)) == [6, 8, 9]
 
     async def test_page_before(self, store: Store) -> None:
         """`before` is exclusive, and need not be a row's position."""
         await store.append(rows(ALICE, 2, 4, 6))
         for before, expected in ((2, []), (4, [2]), (5, [4, 2]), (99, [6, 4, 2])):
-            assert sequences(await store.page(ALICE, before=at(before), limit=9, filter="all")) == expected
+            assert sequences(await store.page(ALICE, PageQuery(9, before=at(before)))) == expected
+
+    async def test_page_after(self, store: Store) -> None:
+        """`after` is exclusive, need not be a row's position, and turns the order around."""
+        await store.append(rows(ALICE, 2, 4, 6))
+        for after, expected in ((6, []), (4, [6]), (3, [4, 6]), (0, [2, 4, 6])):
+            assert sequences(await store.page(ALICE, PageQuery(9, after=at(after)))) == expected
+        page = await store.page(ALICE, PageQuery(9, after=Position(1, 2**63 - 1)))
+        assert sequences(page) == [2, 4, 6]
+
+    @pytest.mark.parametrize("way", ["newest first", "oldest first"])
+    @pytest.mark.parametrize("filter", FILTERS)
+    async def test_page_of_a_type_or_topic(self, store: Store, filter: Filter, way: str) -> None:
+        """Type, topic and filter hold together, in both directions, and their pages meet."""
+        await store.append(rows(ALICE, *range(1, 25)) + rows(BOB, 3))
+        await store.mark_all(ALICE, at(6), "archived")
+        await store.mark_all(ALICE, at(15), "read")
+        await store.mark(ALICE, [at(20), at(21), at(23)], "archived")
+        await store.mark(ALICE, [at(2), at(8), at(9), at(10), at(15)], "unread")
+        archived = {*range(1, 7), 20, 21, 23}
+        unread = {8, 9, 10, 15, *range(16, 25)} - archived
+        fitting = {"all": set(range(1, 25)) - archived, "unread": unread, "archived": archived}[filter]
+        for type_ in (None, *TYPES, "org.example"):
+            for topic in (None, "news", "jobs", "sports"):
+                expected = [
+                    number
+                    for number in range(1, 25)
+                    if number in fitting and type_ in (None, TYPES[number % 2]) and topic in (None, TOPICS[number % 3])
+                ]
+                query = PageQuery(2, None, at(0) if way == "oldest first" else None, filter, type_, topic)
+                if way == "newest first":
+                    expected.reverse()
+                pages = await follow(store, ALICE, query)
+                assert pages == [expected[start : start + 2] for start in range(0, len(expected), 2) or range(1)]
 
     async def test_incarnation_comes_first(self, store: Store) -> None:
         """A recreated stream begins at 1 again: its rows are newer than all of the old one."""
@@ -133,8 +256,12 @@ class StoreConformance:
         assert [item.position for item in (await first_page(store, ALICE)).items] == [at(1, 2), at(9, 1), at(5, 1)]
         assert [item.position for item in await store.between(ALICE, at(5, 1), at(1, 2), 9)] == [at(9, 1), at(1, 2)]
         assert await store.missed(ALICE, at(9, 1), at(0, 2)) == 0
-        page = await store.page(ALICE, before=at(1, 2), limit=1, filter="all")
+        page = await store.page(ALICE, PageQuery(1, before=at(1, 2)))
         assert page.next == at(9, 1)
+        assert [item.position for item in (await store.page(ALICE, PageQuery(2, after=at(5, 1)))).items] == [
+            at(9, 1),
+            at(1, 2),
+        ]
         await store.mark_all(ALICE, at(9, 1), "read")
         assert await store.unread(ALICE) == 1
 
@@ -160,7 +287,7 @@ class StoreConformance:
         page = await first_page(store, ALICE, filter, limit=len(expected) - 1)
         assert sequences(page) == expected[:-1]
         assert page.next is not None
-        last = await store.page(ALICE, before=page.next, limit=9, filter=filter)
+        last = await store.page(ALICE, PageQuery(9, before=page.next, filter=filter))
         assert (sequences(last), last.next) == (expected[-1:], None)
 
     async def test_between(self, store: Store) -> None:
@@ -199,15 +326,15 @@ class StoreConformance:
             ("seen", "s"),
             ("read", "sr"),
             ("unread", ""),
-            ("archived", "sa"),
+            ("archived", "sra"),
             ("seen unread", "s"),
             ("read unread", "s"),
             ("read seen", "sr"),
-            ("archived unread", "sa"),
-            ("archived seen", "sa"),
+            ("archived unread", "sra"),
+            ("archived seen", "sra"),
             ("archived read", "sra"),
             ("read archived", "sra"),
-            ("read archived unread", "sa"),
+            ("read archived unread", "sra"),
         ],
     )
     async def test_marks(self, store: Store, given: str, expected: str, early: bool) -> None:
@@ -234,14 +361,13 @@ class StoreConformance:
     @pytest.mark.parametrize(
         ("as_", "expected"),
         [
-            ("seen", ["s", "sr", "sa", "sra", ""]),
-            ("read", ["sr", "sr", "sa", "sra", ""]),
-            ("unread", ["", "s", "sa", "sra", ""]),
-            ("archived", ["sa", "sra", "sa", "sra", ""]),
+            ("seen", ["s", "sr", "sra", "sra", ""]),
+            ("read", ["sr", "sr", "sra", "sra", ""]),
+            ("archived", ["sra", "sra", "sra", "sra", ""]),
         ],
     )
-    async def test_mark_all(self, store: Store, as_: MarkAs, expected: list[str]) -> None:
-        """Up to and with `upto`; what is archived, what is above and other users stay; what comes later is unmarked."""
+    async def test_mark_all(self, store: Store, as_: MarkAllAs, expected: list[str]) -> None:
+        """Up to and with `upto`; marks of rows, what is above and other users stay; what comes above it is unmarked."""
         await store.append(rows(ALICE, 1, 2, 3, 4, 5) + rows(BOB, 1))
         await store.mark(ALICE, [at(2), at(4)], "read")
         await store.mark(ALICE, [at(3), at(4)], "archived")
@@ -252,14 +378,130 @@ class StoreConformance:
         await store.append(rows(ALICE, 6))
         assert (await marks(store, ALICE))[6] == "s"
 
-    @pytest.mark.parametrize("as_", ["read", "archived"])
-    async def test_mark_all_leaves_marks_that_wait(self, store: Store, as_: MarkAs) -> None:
-        """What is not stored yet is not among all, also where it is below `upto`."""
-        await store.append(rows(ALICE, 1, 3))
+    @pytest.mark.parametrize(("as_", "expected"), [("seen", "s"), ("read", "sr"), ("archived", "sra")])
+    async def test_mark_all_covers_what_comes_later(self, store: Store, as_: MarkAllAs, expected: str) -> None:
+        """What is not stored yet is among all where it is below `upto`, whether marks of it wait or not."""
+        await store.append(rows(ALICE, 1, 4))
         await store.mark(ALICE, [at(2)], "seen")
-        await store.mark_all(ALICE, at(3), as_)
-        await store.append(rows(ALICE, 2))
-        assert (await marks(store, ALICE))[2] == "s"
+        await store.mark_all(ALICE, at(4), as_)
+        await store.append(rows(ALICE, 2, 3, 5))
+        found = await marks(store, ALICE)
+        assert [found[number] for number in (2, 3, 5)] == [expected, expected, ""]
+        assert await store.unread(ALICE) == (5 if as_ == "seen" else 1)
+
+    async def test_mark_all_never_takes_back(self, store: Store) -> None:
+        """Of several marks of all the highest counts, each kind by itself, and archived is also read and seen."""
+        await store.append(rows(ALICE, 1, 2, 3, 4, 5))
+        for upto, as_ in (
+            (3, MARKS_OF_ALL[1]),
+            (1, "archived"),
+            (2, "read"),
+            (1, "seen"),
+            (4, "seen"),
+            (0, "archived"),
+        ):
+            await store.mark_all(ALICE, at(upto), as_)
+        assert await marks(store, ALICE) == {1: "sra", 2: "sr", 3: "sr", 4: "s", 5: ""}
+        assert await listed(store, ALICE, PageQuery(9)) == [5, 4, 3, 2]
+        assert await listed(store, ALICE, PageQuery(9, filter="unread")) == [5, 4]
+        assert await listed(store, ALICE, PageQuery(9, filter="archived")) == [1]
+        assert await store.unread(ALICE) == 2
+
+    async def test_unread_after_all_was_read(self, store: Store) -> None:
+        """The later of the two counts: a row is unread again, until a mark of all reaches it once more."""
+        await store.append(rows(ALICE, 1, 2, 3, 4, 5))
+        await store.mark_all(ALICE, at(4), "read")
+        await store.mark(ALICE, [at(2), at(4)], "unread")
+        assert await marks(store, ALICE) == {1: "sr", 2: "s", 3: "sr", 4: "s", 5: ""}
+        assert await store.unread(ALICE) == 3
+        for limit in (1, 2, 3):
+            assert await listed(store, ALICE, PageQuery(limit, filter="unread")) == [5, 4, 2]
+            assert await listed(store, ALICE, PageQuery(limit, after=at(0), filter="unread")) == [2, 4, 5]
+        await store.mark_all(ALICE, at(3), "read")
+        assert await listed(store, ALICE, PageQuery(9, filter="unread")) == [5, 4]
+        await store.mark(ALICE, [at(4)], "read")
+        assert await store.unread(ALICE) == 1
+        await store.mark(ALICE, [at(1), at(2)], "unread")
+        await store.mark_all(ALICE, at(5), "read")
+        assert await store.unread(ALICE) == 0
+        assert set((await marks(store, ALICE)).values()) == {"sr"}
+
+    async def test_unread_before_all_is_read(self, store: Store) -> None:
+        """A row that was marked as unread, stored or not, is read by a mark of all that comes later."""
+        await store.append(rows(ALICE, 1, 2))
+        await store.mark(ALICE, [at(1), at(3)], "unread")
+        await store.mark_all(ALICE, at(9), "read")
+        await store.append(rows(ALICE, 3))
+        assert await marks(store, ALICE) == {1: "sr", 2: "sr", 3: "sr"}
+        assert await store.unread(ALICE) == 0
+
+    async def test_unread_waits_below_a_mark_of_all(self, store: Store) -> None:
+        """Marked as unread after all was read and before it is stored: it comes unread, and alone."""
+        await store.mark_all(ALICE, at(9), "read")
+        await store.mark(ALICE, [at(5)], "unread")
+        assert await store.unread(ALICE) == 0
+        assert await first_page(store, ALICE, "unread") == InboxPage([], None)
+        await store.append(rows(ALICE, 5, 6))
+        assert await marks(store, ALICE) == {5: "s", 6: "sr"}
+        assert await store.unread(ALICE) == 1
+
+    @pytest.mark.parametrize("early", [False, True], ids=["stored", "not-yet-stored"])
+    async def test_all_archived_stays(self, store: Store, early: bool) -> None:
+        """No ``unread`` brings back what was archived with all, before or after."""
+        if not early:
+            await store.append(rows(ALICE, 1, 2, 3))
+        await store.mark_all(ALICE, at(3), "read")
+        await store.mark(ALICE, [at(2)], "unread")
+        await store.mark_all(ALICE, at(2), "archived")
+        await store.mark(ALICE, [at(1), at(2), at(3)], "unread")
+        if early:
+            await store.append(rows(ALICE, 1, 2, 3))
+        assert await marks(store, ALICE) == {1: "sra", 2: "sra", 3: "s"}
+        assert await listed(store, ALICE, PageQuery(9, filter="unread")) == [3]
+
+    async def test_many_unread_below_a_mark_of_all(self, store: Store) -> None:
+        """The badge counts rows that are unread again, to its cap, together with the newer ones."""
+        await store.append(rows(ALICE, *range(1, 161)))
+        await store.mark_all(ALICE, at(150), "read")
+        await store.mark(ALICE, [at(number) for number in range(1, 61)], "unread")
+        assert await store.unread(ALICE) == 70
+        await store.mark(ALICE, [at(number) for number in range(61, 121)], "unread")
+        assert await store.unread(ALICE) == UNREAD_CAP
+        await store.mark_all(ALICE, at(150), "read")
+        assert await store.unread(ALICE) == 10
+
+    # Deliveries
+
+    async def test_delivered(self, store: Store) -> None:
+        """The first delivery is on pages and in a catch-up, whichever of several is told first; marks are beside it."""
+        await store.append(rows(ALICE, 1, 2, 3) + rows(BOB, 1))
+        await store.mark(ALICE, [at(1)], "seen")
+        await store.delivered([delivered(ALICE, at(1), 2), delivered(ALICE, at(2), 1)])
+        await store.delivered([delivered(ALICE, at(1), 1), delivered(ALICE, at(2), 2)])
+        await store.mark(ALICE, [at(2)], "read")
+        await store.mark_all(ALICE, at(1), "read")
+        found = [(item.delivered, letters(item)) for item in await everything(store, ALICE)]
+        assert found == [(first(1), "sr"), (first(1), "sr"), (None, "")]
+        page = await store.page(ALICE, PageQuery(9, after=at(1)))
+        assert [item.delivered for item in page.items] == [first(1), None]
+        assert (await everything(store, BOB))[0].delivered is None
+
+    async def test_delivered_before_it_is_stored(self, store: Store) -> None:
+        """A delivery waits for its row as marks do, and is none until then."""
+        await store.delivered([delivered(ALICE, at(1), 4), delivered(ALICE, at(1), 3), delivered(BOB, at(1), 5)])
+        await store.mark(ALICE, [at(2)], "read")
+        await store.delivered([delivered(ALICE, at(2), 6)])
+        assert await everything(store, ALICE) == []
+        assert await store.missed(ALICE, at(0), NEWEST) == 0
+        assert await store.unread(ALICE) == 0
+        for filter in FILTERS:
+            assert await first_page(store, ALICE, filter) == InboxPage([], None)
+        await store.append(rows(ALICE, 1, 2))
+        await store.delivered([delivered(ALICE, at(1), 9)])
+        found = [(item.delivered, letters(item), item.body) for item in await everything(store, ALICE)]
+        bodies = [each.body for each in rows(ALICE, 1, 2)]
+        assert found == [(first(3), "", bodies[0]), (first(6), "sr", bodies[1])]
+        assert await store.unread(ALICE) == 1
 
     async def test_names_are_exact(self, store: Store) -> None:
         """Ids that differ only in case, blanks or accents, or hold quotes and wildcards, are different users."""
@@ -269,32 +511,134 @@ class StoreConformance:
             assert [item.body for item in await everything(store, name)] == [row(name, at(number)).body]
             assert (await store.claim(ALICE, name, ONE, at(number))).first
 
-    async def test_expire(self, store: Store) -> None:
-        """Rows stored before that time go, marked or not, of all users; the rest stays; a second time finds none."""
-        await store.append(rows(ALICE, 1, 2, stored_ns=1000) + rows(BOB, 1, stored_ns=1999))
-        await store.append(rows(ALICE, 3, stored_ns=2000))
-        await store.mark(ALICE, [at(1)], "archived")
-        assert await store.expire(2000) == 3
-        assert await marks(store, ALICE) == {3: ""}
-        assert await store.unread(BOB) == 0
-        assert await store.expire(2000) == 0
+    async def test_expire_leaves_what_is_new(self, store: Store) -> None:
+        """What was stored after that time stays, with its marks."""
+        await store.append(rows(ALICE, 1, 2))
+        await store.mark_all(ALICE, at(1), "read")
+        assert await store.expire(NOW_NS - 10**9) == 0
+        assert await marks(store, ALICE) == {1: "sr", 2: ""}
 
-    async def test_expired_marks_that_waited(self, store: Store) -> None:
-        """Marks whose notification never came age from when they were made."""
-        await store.mark(ALICE, [at(1)], "read")
-        assert await store.expire(NOW_NS) == 0
-        assert await store.expire(time.time_ns() + 1) == 1
-        await store.append(rows(ALICE, 1))
-        assert await marks(store, ALICE) == {1: ""}
+    # The right to one's data
+
+    async def test_export(self, store: Store) -> None:
+        """Notifications with marks and delivery, watermarks and cursors, as JSON; of this user alone."""
+        await store.append([row(ALICE, at(1), b'{"type": "a"}'), row(ALICE, at(2), b"\xff\0"), *rows(BOB, 3)])
+        await store.mark_all(ALICE, at(1), "archived")
+        await store.delivered([delivered(ALICE, at(2), 7)])
+        await store.claim(ALICE, "phone", ONE, at(1))
+        await store.save([update("phone", ONE, Cursor(at(2), frozenset({at(9)}), {at(4): 2}))])
+        await store.claim(ALICE, "tablet", TWO, at(0))
+        await store.save([update("tablet", TWO, Cursor(at(2)), release=True)])
+        entries = await exported(store, ALICE)
+        assert json.loads(json.dumps(entries)) == entries
+        of = {kind: [entry for entry in entries if entry["kind"] == kind] for kind in ("notification", "cursor")}
+        stored = datetime.fromtimestamp(NOW_NS / 1e9, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        common = {"kind": "notification", "stored": stored}
+        one, two = of["notification"]
+        assert one == common | {
+            "pos": str(at(1)),
+            "seen": True,
+            "read": True,
+            "archived": True,
+            "delivered": None,
+            "notification": {"type": "a"},
+        }
+        assert two.pop("delivered").items() >= {"device": "device-7", "attempts": 7}.items()
+        assert two == common | {
+            "pos": str(at(2)),
+            "seen": False,
+            "read": False,
+            "archived": False,
+            "base64": "/wA=",
+        }
+        assert {"kind": "watermark", "as": "archived", "upto": str(at(1))} in entries
+        assert sorted(of["cursor"], key=lambda cursor: str(cursor["device"])) == [
+            {
+                "kind": "cursor",
+                "device": "phone",
+                "floor": str(at(2)),
+                "acked": [str(at(9))],
+                "attempts": {str(at(4)): 2},
+                "session": ONE.session,
+            },
+            {"kind": "cursor", "device": "tablet", "floor": str(at(2)), "acked": [], "attempts": {}, "session": None},
+        ]
+        assert {entry["kind"] for entry in entries} == {"notification", "watermark", "cursor"}
+
+    async def test_export_of_many(self, store: Store) -> None:
+        """However long a history is, each notification comes once, also what is archived; of nobody comes nothing."""
+        await store.append(rows(ALICE, *range(1, 451)))
+        await store.mark(ALICE, [at(number) for number in range(1, 450, 7)], "archived")
+        assert [entry["pos"] for entry in await exported(store, ALICE)] == [str(at(number)) for number in range(1, 451)]
+        assert await exported(store, BOB) == []
+
+    async def test_erase(self, store: Store) -> None:
+        """Up to and with `upto` all is gone and stays away; what is above it stays, and so does everybody else."""
+        await store.append(rows(ALICE, 1, 2, 3, 5, 6) + rows(BOB, 1))
+        await store.mark(ALICE, [at(2), at(4), at(5)], "read")
+        await store.delivered([delivered(ALICE, at(number), number) for number in (1, 4, 5)])
+        for user in (ALICE, BOB):
+            await store.claim(user, "phone", ONE, at(1))
+        assert await store.erase(ALICE, at(4)) == 3
+        assert await marks(store, ALICE) == {5: "sr", 6: ""}
+        assert (await everything(store, ALICE))[0].delivered == first(5)
+        await store.append(rows(ALICE, 1, 2, 3, 4, 5, 7))
+        await store.delivered([delivered(ALICE, at(3), 3)])
+        await store.mark(ALICE, [at(1)], "unread")
+        assert await marks(store, ALICE) == {5: "sr", 6: "", 7: ""}
+        assert await store.missed(ALICE, at(0), NEWEST) == 3
+        assert await store.unread(ALICE) == 2
+        assert await listed(store, ALICE, PageQuery(9, after=at(0))) == [5, 6, 7]
+        assert [entry["pos"] for entry in await exported(store, ALICE)] == [str(at(number)) for number in (5, 6, 7)]
+        assert await marks(store, BOB) == {1: ""}
+        assert await store.holders(BOB) == [ONE]
+
+    async def test_erase_again(self, store: Store) -> None:
+        """Erasing again finds nothing, and one that reaches less far brings nothing back."""
+        await store.append(rows(ALICE, 1, 2, 3))
+        assert await store.erase(ALICE, at(3)) == 3
+        assert await store.erase(ALICE, at(3)) == 0
+        assert await store.erase(ALICE, at(1)) == 0
+        assert await store.erase(BOB, NEWEST) == 0
+        await store.append(rows(ALICE, 1, 2, 3))
+        assert await everything(store, ALICE) == []
+        assert await exported(store, ALICE) == []
+
+    async def test_erased_cursors(self, store: Store) -> None:
+        """A session whose user is erased loses the device, and the next one there is a first one."""
+        await store.claim(ALICE, "phone", ONE, at(1))
+        await store.claim(ALICE, "tablet", TWO, at(1))
+        await store.erase(ALICE, at(9))
+        assert await store.holders(ALICE) == []
+        assert await store.save([update("phone", ONE, Cursor(at(2)))]) == [ONE]
+        assert await store.holders(ALICE) == []
+        assert await store.claim(ALICE, "phone", TWO, at(9)) == Claimed(Cursor(at(9)), True, None)
+
+    async def test_erased_watermarks(self, store: Store) -> None:
+        """Marks of all are forgotten with what they covered: what comes above is new."""
+        await store.append(rows(ALICE, 1, 2))
+        await store.mark_all(ALICE, at(2), "archived")
+        await store.mark(ALICE, [at(1)], "unread")
+        assert await store.erase(ALICE, at(2)) == 2
+        assert await exported(store, ALICE) == []
+        await store.append(rows(ALICE, 2, 3))
+        assert await marks(store, ALICE) == {3: ""}
+        assert await store.unread(ALICE) == 1
+
+    async def test_erase_many(self, store: Store) -> None:
+        """A long history is erased whole; the number is exact."""
+        await store.append(rows(ALICE, *range(1, 2502)))
+        assert await store.erase(ALICE, at(2500)) == 2500
+        assert await marks(store, ALICE) == {2501: ""}
 
     # Cursors
 
     async def test_first_claim(self, store: Store) -> None:
         """A device never seen begins at the floor that is proposed; later proposals change nothing."""
-        first = await store.claim(ALICE, "phone", ONE, at(5))
-        assert first == (Cursor(at(5)), True, None)
-        second = await store.claim(ALICE, "phone", TWO, at(9))
-        assert second == (Cursor(at(5)), False, ONE)
+        found = await store.claim(ALICE, "phone", ONE, at(5))
+        assert found == Claimed(Cursor(at(5)), True, None)
+        found = await store.claim(ALICE, "phone", TWO, at(9))
+        assert found == Claimed(Cursor(at(5)), False, ONE)
         assert await store.holders(ALICE) == [TWO]
         assert (await store.claim(ALICE, "tablet", ONE, at(7))).first
         assert (await store.claim(BOB, "phone", ONE, at(7))).first
@@ -339,8 +683,8 @@ class StoreConformance:
         )
         assert sorted(lost) == sorted([ONE, other, TWO])
         assert await store.holders(ALICE) == [TWO]
-        assert await store.claim(ALICE, "phone", ONE, at(0)) == (Cursor(at(1)), False, TWO)
-        assert await store.claim(ALICE, "tablet", TWO, at(0)) == (Cursor(at(4), frozenset({at(6)})), False, None)
+        assert await store.claim(ALICE, "phone", ONE, at(0)) == Claimed(Cursor(at(1)), False, TWO)
+        assert await store.claim(ALICE, "tablet", TWO, at(0)) == Claimed(Cursor(at(4), frozenset({at(6)})), False, None)
         assert (await store.claim(ALICE, "watch", ONE, at(2))).first
 
     async def test_floor_never_moves_back(self, store: Store) -> None:
@@ -360,7 +704,7 @@ class StoreConformance:
         assert await store.holders(ALICE) == [TWO]
         assert await store.holders(BOB) == [ONE]
         assert await store.save([update("phone", ONE, Cursor(at(7)))]) == [ONE]
-        assert await store.claim(ALICE, "phone", TWO, at(0)) == (Cursor(at(6)), False, None)
+        assert await store.claim(ALICE, "phone", TWO, at(0)) == Claimed(Cursor(at(6)), False, None)
 
     # The life of a store
 
@@ -403,7 +747,7 @@ class StoreConformance:
         calls: list[Awaitable[object]] = [
             store.check(),
             store.append(rows(ALICE, 2)),
-            store.page(ALICE, before=None, limit=1, filter="all"),
+            store.page(ALICE, PageQuery(1)),
             store.between(ALICE, at(0), at(1), 1),
             store.missed(ALICE, at(0), at(1)),
             store.unread(ALICE),
@@ -413,6 +757,9 @@ class StoreConformance:
             store.save([update("phone", ONE, Cursor(at(1)))]),
             store.holders(ALICE),
             store.expire(1),
+            store.delivered([delivered(ALICE, at(1), 1)]),
+            store.erase(ALICE, at(1)),
+            exported(store, ALICE),
         ]
         async with asyncio.timeout(PATIENCE_S):
             outcomes = await asyncio.gather(*calls, return_exceptions=True)
@@ -436,7 +783,10 @@ class StoreConformance:
             return asyncio.run_coroutine_threadsafe(call, loop).result(PATIENCE_S)
 
         limits = settings(
-            deadline=None, max_examples=60, stateful_step_count=40, suppress_health_check=[HealthCheck.too_slow]
+            deadline=None,
+            max_examples=self.examples,
+            stateful_step_count=self.steps,
+            suppress_health_check=[HealthCheck.too_slow],
         )
 
         class Machine(AnyOrder):
@@ -451,26 +801,31 @@ class StoreConformance:
 
 @dataclass(slots=True)
 class Row:
-    """A row of the model; without a body only its marks are there."""
+    """A place of the model: marks and deliveries are known of it whether a notification is there or not."""
 
-    body: bytes | None = None
+    stored: bool = False
     seen: bool = False
     read: bool = False
     archived: bool = False
+    delivered: int | None = None
 
     def mark(self, as_: MarkAs) -> None:
-        self.seen = self.seen or as_ != "unread"
-        self.read = as_ == "read" or (self.read and as_ != "unread")
+        if as_ == "unread":
+            self.read = self.archived
+            return
+        self.seen = True
+        self.read = self.read or as_ != "seen"
         self.archived = self.archived or as_ == "archived"
 
     def is_on(self, filter: Filter) -> bool:
-        return {"all": not self.archived, "unread": not (self.read or self.archived), "archived": self.archived}[filter]
+        return {"all": not self.archived, "unread": not self.read, "archived": self.archived}[filter]
 
 
 USERS: Final = st.sampled_from(["alice", "bob"])
 DEVICES: Final = st.sampled_from(["phone", "tablet"])
 HOLDERS: Final = st.builds(Holder, st.sampled_from(["gateway-1", "gateway-2"]), st.sampled_from(["s1", "s2"]))
-POSITIONS: Final = st.builds(Position, st.integers(1, 2), st.integers(1, 6))
+PLACES: Final = [Position(incarnation, sequence) for incarnation in (1, 2) for sequence in range(1, 7)]
+POSITIONS: Final = st.sampled_from(PLACES)
 FLOORS: Final = st.builds(Position, st.integers(1, 2), st.integers(0, 6))
 
 
@@ -496,7 +851,9 @@ class AnyOrder(RuleBasedStateMachine):
         self.store = store
         self.ask = ask
         self.run = next(self.runs)
-        self.rows: defaultdict[str, defaultdict[Position, Row]] = defaultdict(lambda: defaultdict(Row))
+        self.rows = {user: {place: Row() for place in PLACES} for user in ("alice", "bob")}
+        self.erased: defaultdict[str, Position] = defaultdict(lambda: Position(0, 0))
+        self.all_upto: defaultdict[str, Position] = defaultdict(lambda: Position(0, 0))
         self.cursors: dict[tuple[str, str], Cursor] = {}
         self.held: dict[tuple[str, str], Holder | None] = {}
 
@@ -505,16 +862,25 @@ class AnyOrder(RuleBasedStateMachine):
 
     def visible(self, user: str) -> list[InboxItem]:
         """Oldest first."""
-        found = sorted(self.rows[user].items())
-        return [InboxItem(at, r.seen, r.read, r.archived, r.body) for at, r in found if r.body is not None]
+        return [
+            InboxItem(
+                place,
+                kept.seen,
+                kept.read,
+                kept.archived,
+                NOW_NS,
+                row(self.name(user), place).body,
+                None if kept.delivered is None else first(kept.delivered),
+            )
+            for place, kept in self.rows[user].items()
+            if kept.stored
+        ]
 
-    @rule(user=USERS, positions=st.lists(POSITIONS, max_size=4), body=st.binary(max_size=3))
-    def append(self, user: str, positions: list[Position], body: bytes) -> None:
-        self.ask(self.store.append([row(self.name(user), position, body or None) for position in positions]))
+    @rule(user=USERS, positions=st.lists(POSITIONS, max_size=4))
+    def append(self, user: str, positions: list[Position]) -> None:
+        self.ask(self.store.append([row(self.name(user), position) for position in positions]))
         for position in positions:
-            kept = self.rows[user][position]
-            if kept.body is None:
-                kept.body = row(self.name(user), position, body or None).body
+            self.rows[user][position].stored |= position > self.erased[user]
 
     @rule(user=USERS, positions=st.lists(POSITIONS, max_size=4), as_=st.sampled_from(MARKS))
     def mark(self, user: str, positions: list[Position], as_: MarkAs) -> None:
@@ -522,22 +888,68 @@ class AnyOrder(RuleBasedStateMachine):
         for position in positions:
             self.rows[user][position].mark(as_)
 
-    @rule(user=USERS, upto=FLOORS, as_=st.sampled_from(MARKS))
-    def mark_all(self, user: str, upto: Position, as_: MarkAs) -> None:
+    @rule(user=USERS, upto=FLOORS, as_=st.sampled_from(MARKS_OF_ALL))
+    def mark_all(self, user: str, upto: Position, as_: MarkAllAs) -> None:
         self.ask(self.store.mark_all(self.name(user), upto, as_))
+        self.all_upto[user] = max(upto, self.all_upto[user])
         for position, kept in self.rows[user].items():
-            if position <= upto and kept.body is not None and not kept.archived:
+            if position <= upto:
                 kept.mark(as_)
 
-    @rule(user=USERS, before=st.none() | FLOORS, limit=st.integers(1, 5), filter=st.sampled_from(FILTERS))
-    def page(self, user: str, before: Position | None, limit: int, filter: Filter) -> None:
-        wanted = [
-            item
-            for item in reversed(self.visible(user))
-            if (before is None or item.position < before) and self.rows[user][item.position].is_on(filter)
-        ]
+    @rule(drawn=st.lists(st.tuples(USERS, POSITIONS, st.integers(0, 9)), max_size=4))
+    def delivered(self, drawn: list[tuple[str, Position, int]]) -> None:
+        self.ask(self.store.delivered([delivered(self.name(user), at, number) for user, at, number in drawn]))
+        for user, position, number in drawn:
+            kept = self.rows[user][position]
+            kept.delivered = number if kept.delivered is None else min(kept.delivered, number)
+
+    @rule(upto=FLOORS)
+    def erase(self, upto: Position) -> None:
+        """One of the users only, or nothing would be left to look at; never below what was marked with all."""
+        user = "bob"
+        upto = max(upto, self.all_upto[user])
+        wanted = sum(kept.stored for position, kept in self.rows[user].items() if position <= upto)
+        assert self.ask(self.store.erase(self.name(user), upto)) == wanted
+        self.erased[user] = max(upto, self.erased[user])
+        self.rows[user] |= {position: Row() for position in PLACES if position <= upto}
+        self.all_upto[user] = Position(0, 0)
+        for key in [key for key in self.cursors if key[0] == user]:
+            del self.cursors[key]
+            self.held.pop(key, None)
+
+    @rule(
+        user=USERS,
+        edge=st.none() | FLOORS,
+        newest_first=st.booleans(),
+        limit=st.integers(1, 5),
+        filter=st.sampled_from(FILTERS),
+        type_=st.none() | st.sampled_from(TYPES),
+        topic=st.none() | st.sampled_from(TOPICS),
+    )
+    def page(
+        self,
+        user: str,
+        edge: Position | None,
+        newest_first: bool,
+        limit: int,
+        filter: Filter,
+        type_: str | None,
+        topic: str | None,
+    ) -> None:
+        if not newest_first:
+            edge = edge or Position(0, 0)
+        wanted = []
+        for item in self.visible(user):
+            stored = row(user, item.position)
+            inside = edge is None or (item.position < edge if newest_first else item.position > edge)
+            fits = type_ in (None, stored.type) and topic in (None, stored.topic)
+            if inside and fits and self.rows[user][item.position].is_on(filter):
+                wanted.append(item)
+        if newest_first:
+            wanted.reverse()
         following = wanted[limit - 1].position if len(wanted) > limit else None
-        answer = self.ask(self.store.page(self.name(user), before=before, limit=limit, filter=filter))
+        edges = (edge, None) if newest_first else (None, edge)
+        answer = self.ask(self.store.page(self.name(user), PageQuery(limit, *edges, filter, type_, topic)))
         assert (list(answer.items), answer.next) == (wanted[:limit], following)
 
     @rule(user=USERS, after=FLOORS, upto=FLOORS, limit=st.integers(1, 5))
@@ -554,7 +966,7 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(user=USERS, device=DEVICES, holder=HOLDERS, floor=FLOORS)
     def claim(self, user: str, device: str, holder: Holder, floor: Position) -> None:
         key = user, device
-        wanted = self.cursors.setdefault(key, Cursor(floor)), key not in self.held, self.held.get(key)
+        wanted = Claimed(self.cursors.setdefault(key, Cursor(floor)), key not in self.held, self.held.get(key))
         assert self.ask(self.store.claim(self.name(user), device, holder, floor)) == wanted
         self.held[key] = holder
 
@@ -596,6 +1008,7 @@ class AnyOrder(RuleBasedStateMachine):
             self.unread(user)
             self.holders(user)
             for filter in FILTERS:
-                self.page(user, None, 100, filter)
+                for newest_first in (True, False):
+                    self.page(user, None, newest_first, 100, filter, None, None)
         for user, device in list(self.cursors):
             self.claim(user, device, ONE, Position(0, 0))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import sqlite3
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager
 from pathlib import Path
@@ -18,10 +20,11 @@ import pytest
 
 from support.clock import PATIENCE_S, until
 from tidings.store.factory import open_store_url
-from tidings.store.port import Cursor, CursorUpdate, Holder, InboxRow, Store
+from tidings.store.port import Claimed, Cursor, CursorUpdate, Holder, InboxPage, PageQuery, Store
 from tidings.store.sqlite import SqliteStore
-from tidings.store.sqlite_schema import MIGRATIONS
-from tidings.wire.errors import BadSettings, StoreUnavailable
+from tidings.store.sqlite.schema import MIGRATIONS
+from tidings.wire.errors import BadSettings, RowsRefused, StoreUnavailable
+from tidings.wire.position import Position
 
 pytest.register_assert_rewrite("conformance.store_suite")
 
@@ -29,11 +32,20 @@ from conformance.store_suite import (  # noqa: E402
     ALICE,
     BOB,
     NEWEST,
+    NOW_NS,
     ONE,
     TWO,
+    TYPES,
     StoreConformance,
     at,
+    delivered,
+    everything,
+    exported,
+    first,
     first_page,
+    follow,
+    letters,
+    listed,
     marks,
     rows,
 )
@@ -257,25 +269,47 @@ async def test_reopened(file: Path) -> None:
     async with opened(file) as store:
         await store.append(rows(ALICE, 2))
         assert await marks(store, ALICE) == {1: "sr", 2: "sr"}
-        assert await store.claim(ALICE, "phone", TWO, at(0)) == (cursor, False, ONE)
+        assert await store.claim(ALICE, "phone", TWO, at(0)) == Claimed(cursor, False, ONE)
 
 
 @pytest.mark.parametrize(
-    ("stored_ns", "raised"), [(None, StoreUnavailable), (2**70, OverflowError)], ids=["constraint", "overflow"]
+    "wrong",
+    [
+        {"stored_ns": None},
+        {"stored_ns": 2**70},
+        {"position": Position(1, 2**63)},
+        {"user": "\ud800"},
+        {"id": "\udfff"},
+    ],
+    ids=["no-time", "late", "high", "user", "id"],
 )
-async def test_one_that_fails(file: Path, stored_ns: Any, raised: type[Exception]) -> None:
-    """A write that cannot be is refused alone: those that shared its transaction are stored, nothing of it is."""
+async def test_rows_refused(file: Path, wrong: Any) -> None:
+    """A row that cannot be is refused alone, whatever is wrong with it, also in a database that erased somebody."""
     async with opened(file) as store:
-        wrong = [*rows(ALICE, 50), InboxRow(ALICE, at(51), "id", "type", None, stored_ns, b"")]
+        for number in (10, 20):
+            refused = rows(ALICE, number)[0]._replace(**wrong)
+            calls = store.append([refused, *rows(ALICE, number + 1)]), store.append(rows(ALICE, number + 2))
+            outcomes = await asyncio.gather(*calls, return_exceptions=True)
+            assert isinstance(outcomes[0], RowsRefused)
+            assert set(outcomes[0].reasons) == {0}
+            assert outcomes[1] is None
+            await store.erase(BOB, at(1))
+        assert set(await marks(store, ALICE)) == {11, 12, 21, 22}
+
+
+async def test_one_that_fails(file: Path) -> None:
+    """A write that cannot be fails alone: those that shared its transaction are stored, nothing of it is."""
+    async with opened(file) as store:
+        wrong = [delivered(ALICE, at(50), 1), delivered(ALICE, Position(1, 2**70), 1)]
         writes = [store.append(rows(ALICE, number)) for number in range(1, 10)]
         claim = store.claim(ALICE, "phone", ONE, at(7))
-        outcomes = await asyncio.gather(*writes, store.append(wrong), claim, return_exceptions=True)
+        outcomes = await asyncio.gather(*writes, store.delivered(wrong), claim, return_exceptions=True)
         assert outcomes[:9] == [None] * 9
-        assert isinstance(outcomes[9], raised)
-        assert outcomes[10] == (Cursor(at(7)), True, None)
-        assert set(await marks(store, ALICE)) == set(range(1, 10))
-        with pytest.raises(raised):
-            await store.append(wrong)
+        assert isinstance(outcomes[9], OverflowError)
+        assert outcomes[10] == Claimed(Cursor(at(7)), True, None)
+        await store.append(rows(ALICE, 50))
+        assert (await everything(store, ALICE))[-1].delivered is None
+        assert set(await marks(store, ALICE)) == {*range(1, 10), 50}
         await store.check()
 
 
@@ -304,7 +338,77 @@ async def test_expire_lets_others_write(file: Path, spy: Spy) -> None:
     assert max(text.count("DELETE FROM inbox") for text in slices) <= 5000
 
 
-# Plans
+async def test_erase_lets_others_write(file: Path, spy: Spy) -> None:
+    """Erasing goes slice by slice, and what comes between two of them to be erased is not stored any more."""
+    async with opened(file) as store:
+        await store.append(rows(BOB, *range(1, 12_001)))
+        spy.statements.clear()
+        erase = asyncio.create_task(store.erase(BOB, at(12_001)))
+        await until(lambda: any(text.startswith("DELETE FROM inbox") for text in spy.statements), "the first slice")
+        await store.append(rows(BOB, 0, 12_001, 12_002))
+        assert not erase.done()
+        assert await erase == 12_000
+        assert await marks(store, BOB) == {12_002: ""}
+    slices = "\n".join(spy.statements).split("BEGIN IMMEDIATE")[1:]
+    assert max(text.count("DELETE FROM inbox") for text in slices) <= 5000
+
+
+# Expiry
+
+
+async def test_expire(file: Path) -> None:
+    """Rows stored before that time go, marked or not, of all users; the rest stays; a second time finds none."""
+    async with opened(file) as store:
+        await store.append(rows(ALICE, 1, 2, stored_ns=1000) + rows(BOB, 1, stored_ns=1999))
+        await store.append(rows(ALICE, 3, stored_ns=2000))
+        await store.mark(ALICE, [at(1)], "archived")
+        assert await store.expire(2000) == 3
+        assert await marks(store, ALICE) == {3: ""}
+        assert await store.unread(BOB) == 0
+        assert await store.expire(2000) == 0
+
+
+async def test_expired_marks_that_waited(file: Path) -> None:
+    """Marks whose notification never came age from when they were made."""
+    async with opened(file) as store:
+        await store.mark(ALICE, [at(1)], "read")
+        assert await store.expire(NOW_NS) == 0
+        assert await store.expire(time.time_ns() + 1) == 1
+        await store.append(rows(ALICE, 1))
+        assert await marks(store, ALICE) == {1: ""}
+
+
+async def test_expired_delivery_that_waited(file: Path) -> None:
+    """A delivery ages as its notification does."""
+    async with opened(file) as store:
+        await store.delivered([delivered(ALICE, at(1), 1)])
+        assert await store.expire(NOW_NS) == 0
+        assert await store.expire(NOW_NS + 1) == 1
+
+
+async def test_expired_watermarks(file: Path) -> None:
+    """A mark of all, or of erasing, goes when it is old and no row lies below it: no row changes its marks."""
+    async with opened(file) as store:
+        await store.mark_all(ALICE, at(1), "archived")
+        await store.mark_all(BOB, at(9), "read")
+        await store.erase("carol", at(1))
+        later = time.time_ns() + 1
+        await store.append(rows(ALICE, 2, 3, stored_ns=later) + rows(BOB, 9, 10, stored_ns=later))
+        assert await store.expire(NOW_NS) == 0
+        assert watermarks(file) == ["alice@example.org"] * 3 + ["bob"] * 2 + ["carol"]
+        assert await store.expire(later) == 0
+        assert watermarks(file) == ["bob"] * 2
+        assert await marks(store, ALICE) == {2: "", 3: ""}
+        assert await marks(store, BOB) == {9: "sr", 10: ""}
+
+
+def watermarks(file: Path) -> list[str]:
+    """Whose watermarks are kept."""
+    with connected(file) as db:
+        return [user for (user,) in db.execute("SELECT user FROM watermarks ORDER BY user")]
+
+
+# Plans, and what a long history costs
 
 
 def plan(file: Path, statement: str) -> str:
@@ -314,55 +418,140 @@ def plan(file: Path, statement: str) -> str:
 
 async def test_plans(file: Path, spy: Spy) -> None:
     """Every statement of a user's inbox finds its rows by an index, in order: no scan and no sorting."""
+    range_ = "user=? AND (incarnation,sequence)>(?,?) AND (incarnation,sequence)<(?,?)"
+    rows_, unread, kept = (f"PRIMARY KEY ({range_})", f"INDEX inbox_unread ({range_})", f"INDEX inbox_kept ({range_})")
+    archived = f"INDEX inbox_archived ({range_})"
     async with opened(file) as store:
-        await store.append(rows(ALICE, 1, 2))
-        spy.statements.clear()
-        await store.page(ALICE, before=None, limit=9, filter="all")
-        await store.page(ALICE, before=at(2), limit=9, filter="unread")
-        await store.page(ALICE, before=at(2), limit=9, filter="archived")
-        await store.between(ALICE, at(0), NEWEST, 9)
-        await store.missed(ALICE, at(0), NEWEST)
-        await store.unread(ALICE)
-        await store.mark_all(ALICE, at(2), "read")
-        await store.holders(ALICE)
-        await store.expire(1)
-    asked = [text for text in spy.statements if text.split()[0] in ("SELECT", "UPDATE")]
-    by = ["PRIMARY KEY", "inbox_unread", "inbox_archived", "PRIMARY KEY", "PRIMARY KEY", "inbox_unread"]
-    by += ["user=?", "PRIMARY KEY", "inbox_age"]
-    assert len(asked) == len(by), asked
-    for statement, index in zip(asked, by, strict=True):
-        found = plan(file, statement)
-        assert index in found, (statement, found)
-        assert "TEMP B-TREE" not in found, (statement, found)
-        assert not any(step.startswith("SCAN inbox") for step in found.splitlines()), (statement, found)
+        await store.append(rows(ALICE, *range(1, 9)))
+        await store.mark_all(ALICE, at(2), "archived")
+        await store.mark_all(ALICE, at(4), "read")
+        for call, by in (
+            (lambda: store.page(ALICE, PageQuery(9)), {rows_}),
+            (lambda: store.page(ALICE, PageQuery(9, after=at(1), type=TYPES[0], topic="news")), {rows_}),
+            (lambda: store.page(ALICE, PageQuery(9, before=at(9), filter="unread")), {unread, kept}),
+            (lambda: store.page(ALICE, PageQuery(9, after=at(0), filter="unread")), {unread, kept}),
+            (lambda: store.page(ALICE, PageQuery(9, before=at(9), filter="archived")), {archived, rows_}),
+            (lambda: store.page(ALICE, PageQuery(9, after=at(0), filter="archived")), {archived, rows_}),
+            (lambda: store.between(ALICE, at(0), NEWEST, 9), {rows_}),
+            (lambda: store.missed(ALICE, at(0), NEWEST), {rows_}),
+            (lambda: store.unread(ALICE), {unread, kept}),
+            (lambda: store.mark_all(ALICE, at(2), "read"), {"INDEX inbox_kept (user=? AND (incarnation"}),
+            (lambda: store.holders(ALICE), {"PRIMARY KEY (user=?)"}),
+            (lambda: exported(store, ALICE), {rows_, "PRIMARY KEY (user=?)"}),
+            (lambda: store.expire(1), {"INDEX inbox_age", "INDEX watermarks_age"}),
+            (lambda: store.erase(ALICE, at(1)), {"PRIMARY KEY (user=? AND (incarnation,sequence)<(?,?))"}),
+        ):
+            spy.statements.clear()
+            await call()
+            asked = [text for text in spy.statements if text.split()[0] in ("SELECT", "UPDATE", "DELETE")]
+            found = [plan(file, statement) for statement in asked]
+            for index in by:
+                assert any(index in each for each in found), (index, asked, found)
+            for statement, each in zip(asked, found, strict=True):
+                assert "TEMP B-TREE" not in each, (statement, each)
+                assert not re.search(r"^SCAN (inbox|watermarks|old)", each, re.MULTILINE), (statement, each)
+                # The range, not only the user: a history may be long.
+                assert not re.search(r"inbox USING .*\(user=\?\)$", each, re.MULTILINE) or "LIMIT 1)" in statement, each
 
 
-async def test_badge_of_a_long_history(file: Path, spy: Spy) -> None:
-    """What the badge and the unread page cost does not grow with what is read: SQLite's own steps are counted."""
-    steps: dict[int, int] = {}
-    counted = 0
+class Steps:
+    """Counts SQLite's own steps, by ten."""
 
-    def step() -> None:
-        nonlocal counted
-        counted += 1
+    def __init__(self, spy: Spy) -> None:
+        self._spy = spy
+        self._counted = 0
 
+    async def of(self, call: Any) -> int:
+        def step() -> None:
+            self._counted += 1
+
+        self._counted = 0
+        for connection in self._spy.connections:
+            connection.set_progress_handler(step, 10)
+        await call
+        for connection in self._spy.connections:
+            connection.set_progress_handler(None, 0)
+        return self._counted
+
+
+async def test_cost_of_a_long_history(file: Path, spy: Spy) -> None:
+    """What the badge, a page and a mark of all cost does not grow with what is read or archived."""
+    steps = Steps(spy)
+    counted: dict[int, list[int]] = {}
     async with opened(file) as store:
+        await store.mark_all(ALICE, at(0), "archived")
         total = 0
         for length in (500, 20_000):
             await store.append(rows(ALICE, *range(total, length)))
             total = length
-            await store.mark_all(ALICE, at(length - 1), "read")
-            await store.append(rows(ALICE, 10**6, 10**6 + 1))
+            # Each reader has a connection of its own.
             await asyncio.gather(*(store.holders(ALICE) for _ in range(8)))
-            for connection in spy.connections:
-                connection.set_progress_handler(step, 10)
-            counted = 0
-            assert await store.unread(ALICE) == 2
-            assert len((await first_page(store, ALICE, "unread")).items) == 2
-            steps[length] = counted
-            for connection in spy.connections:
-                connection.set_progress_handler(None, 0)
-    assert steps[20_000] <= steps[500] + 5, steps
+            calls = [
+                lambda: store.mark_all(ALICE, at(total // 2), "archived"),  # noqa: B023
+                lambda: store.mark_all(ALICE, at(total - 1), "read"),  # noqa: B023
+                lambda: store.mark(ALICE, [at(total - 7), at(total - 9)], "unread"),  # noqa: B023
+                lambda: store.append(rows(ALICE, 10**6, 10**6 + 1)),
+                lambda: store.unread(ALICE),
+                lambda: first_page(store, ALICE, "unread"),
+                lambda: store.page(ALICE, PageQuery(50, after=at(0), filter="unread")),
+                lambda: first_page(store, ALICE, "archived"),
+                lambda: store.page(ALICE, PageQuery(50, after=at(0))),
+            ]
+            counted[length] = [await steps.of(call()) for call in calls]
+            assert await store.unread(ALICE) == 4
+            assert await listed(store, ALICE, PageQuery(9, filter="unread")) == [10**6 + 1, 10**6, total - 7, total - 9]
+            await store.mark_all(ALICE, at(total - 1), "read")
+    for small, large in zip(counted[500], counted[20_000], strict=True):
+        assert large <= small + 5, counted
+
+
+async def test_marking_all_is_a_small_write(file: Path, spy: Spy) -> None:
+    """However many rows are marked, what is written is the watermark, and rows that were unread again."""
+    async with opened(file) as store:
+        await store.append(rows(ALICE, *range(20_000)))
+        await store.mark_all(ALICE, at(19_000), "read")
+        await store.mark(ALICE, [at(5), at(6)], "unread")
+        before = spy.connections[0].total_changes
+        await store.mark_all(ALICE, at(19_999), "read")
+        await store.mark_all(ALICE, at(19_999), "archived")
+        assert spy.connections[0].total_changes - before <= 5 + 2
+        assert await store.unread(ALICE) == 0
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        PageQuery(9, type="org.example.none"),
+        PageQuery(9, topic="none", filter="unread"),
+        PageQuery(9, type="org.example.none", after=at(0)),
+        PageQuery(9, type="org.example.none", filter="archived"),
+    ],
+    ids=["type", "topic", "after", "archived"],
+)
+async def test_page_that_finds_little(file: Path, spy: Spy, query: PageQuery) -> None:
+    """A page reads so much and no more of a long history; then it is short, and `next` goes on."""
+    steps = Steps(spy)
+    async with opened(file) as store:
+        await store.append(rows(ALICE, *range(1, 16_001)))
+        if query.filter == "archived":
+            await store.mark_all(ALICE, at(16_000), "archived")
+        assert await follow(store, ALICE, query) == [[]] * 4
+        page = await store.page(ALICE, query)
+        assert page == InboxPage([], at(5000 if query.after else 11_001))
+        await store.page(ALICE, query)
+        assert await steps.of(store.page(ALICE, query)) < 30_000
+
+
+async def test_page_behind_much_that_is_archived(file: Path) -> None:
+    """What does not fit is passed over in short pages, and nothing of what fits is left out."""
+    async with opened(file) as store:
+        await store.append(rows(ALICE, *range(1, 12_001)))
+        for start in range(10, 12_000, 1000):
+            await store.mark(ALICE, [at(number) for number in range(start, min(start + 1000, 12_000))], "archived")
+        assert await listed(store, ALICE, PageQuery(50)) == [12_000, *range(9, 0, -1)]
+        assert await listed(store, ALICE, PageQuery(50, after=at(3))) == [*range(4, 10), 12_000]
+        await store.mark(ALICE, [at(number) for number in range(5, 10)], "read")
+        assert await listed(store, ALICE, PageQuery(50, filter="unread")) == [12_000, 4, 3, 2, 1]
 
 
 # Several processes
@@ -514,12 +703,48 @@ async def test_migration_that_fails(file: Path, monkeypatch: pytest.MonkeyPatch)
     async with opened(file) as store:
         await store.append(rows(ALICE, 1))
     with monkeypatch.context() as patch:
-        patch.setattr("tidings.store.sqlite.MIGRATIONS", (*MIGRATIONS, "CREATE TABLE later (a);\nNONSENSE;"))
+        patch.setattr("tidings.store.sqlite.database.MIGRATIONS", (*MIGRATIONS, "CREATE TABLE later (a);\nNONSENSE;"))
         await refused(file)
     with connected(file) as db:
         assert db.execute("SELECT name FROM sqlite_schema WHERE name = 'later'").fetchall() == []
     async with opened(file) as store:
         assert await marks(store, ALICE) == {1: ""}
+
+
+async def test_migration_from_the_first_version(file: Path) -> None:
+    """A file of the first version keeps rows, marks, marks that wait and cursors; what was archived is read now."""
+    with connected(file) as db:
+        db.executescript(MIGRATIONS[0] + "PRAGMA user_version = 1;")
+        for number, *marked in ((1, 0, 0, 0), (2, 1, 0, 0), (3, 1, 1, 0), (4, 1, 0, 1), (5, 1, 1, 1)):
+            user, position, id_, type_, topic, stored_ns, body = rows(ALICE, number)[0]
+            db.execute(
+                "INSERT INTO inbox VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (user, *position, id_, type_, topic, stored_ns, *marked, body),
+            )
+        for number, archived in ((6, 0), (7, 1)):
+            db.execute(
+                "INSERT INTO inbox (user, incarnation, sequence, stored_ns, seen, archived) VALUES (?, ?, ?, ?, 1, ?)",
+                (ALICE, *at(number), NOW_NS, archived),
+            )
+        db.execute(
+            "INSERT INTO cursors VALUES (?, 'phone', ?, ?, ?, ?, ?, ?)",
+            (ALICE, *at(3), f"[[{at(5).incarnation}, 5]]", f"[[{at(4).incarnation}, 4, 2]]", *ONE),
+        )
+    async with opened(file) as store:
+        assert await store.unread(ALICE) == 2
+        await store.append(rows(ALICE, 6, 7))
+        expected = {1: "", 2: "s", 3: "sr", 4: "sra", 5: "sra", 6: "s", 7: "sra"}
+        assert await marks(store, ALICE) == expected
+        bodies = [item.body for item in await everything(store, ALICE)]
+        assert bodies == [each.body for each in rows(ALICE, *range(1, 8))]
+        cursor = Cursor(at(3), frozenset({at(5)}), {at(4): 2})
+        assert await store.claim(ALICE, "phone", TWO, at(0)) == Claimed(cursor, False, ONE)
+        await store.mark_all(ALICE, at(2), "read")
+        await store.mark(ALICE, [at(1), at(4)], "unread")
+        await store.delivered([delivered(ALICE, at(1), 1)])
+    async with opened(file) as store:
+        found = [(letters(item), item.delivered) for item in await everything(store, ALICE)]
+        assert found[:4] == [("s", first(1)), ("sr", None), ("sr", None), ("sra", None)]
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import orjson
 
-from tidings.store.port import Store
+from tidings.store.port import PageQuery, Store
 
 
 class Ledger:
@@ -44,7 +44,7 @@ async def stored_ids(store: Store, user: str) -> list[str]:
     ids: list[str] = []
     before = None
     while True:
-        page = await store.page(user, before=before, limit=200, filter="all")
+        page = await store.page(user, PageQuery(limit=200, before=before))
         ids.extend(orjson.loads(item.body)["id"] for item in page.items)
         if page.next is None:
             return ids

@@ -252,16 +252,30 @@ class Client:
 
     # Requests
 
-    async def inbox(self, before: str | None = None, limit: int = 50, filter: Filter = "all") -> InboxPage:
-        """A page of the inbox, newest first. Raises `RequestRefused` or `ConnectionLost`, as all requests do."""
-        answer = await self._ask({"t": "inbox", "limit": limit, "filter": filter, "before": before})
-        items = [
-            InboxEntry(item["n"], item["pos"], item["seen"], item["read"], item["archived"]) for item in answer["items"]
-        ]
-        return InboxPage(items, answer["next"])
+    async def inbox(
+        self,
+        before: str | None = None,
+        limit: int = 50,
+        filter: Filter = "all",
+        *,
+        after: str | None = None,
+        type: str | None = None,
+        topic: str | None = None,
+    ) -> InboxPage:
+        """A page of the inbox: what is older than `before`, newest first, or newer than `after`, oldest first.
+
+        Raises `RequestRefused` or `ConnectionLost`, as all requests do.
+        """
+        chosen = {"before": before, "after": after, "type": type, "topic": topic}
+        given = {name: value for name, value in chosen.items() if value is not None}
+        answer = await self._ask({"t": "inbox", "limit": limit, "filter": filter, **given})
+        return InboxPage([InboxEntry.from_item(item) for item in answer["items"]], answer["next"])
 
     async def mark(self, positions: Sequence[str] | Literal["all"], as_: MarkAs) -> None:
-        """Mark notifications as ``seen``, ``read``, ``unread`` or ``archived``, for all devices of the user."""
+        """Mark notifications as ``seen``, ``read``, ``unread`` or ``archived``, for all devices of the user.
+
+        All at once can be seen, read or archived; that covers what is stored a moment later, too.
+        """
         await self._ask({"t": "mark", "as": as_, "pos": positions if positions == "all" else list(positions)})
 
     async def count(self) -> int:

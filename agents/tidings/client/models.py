@@ -51,11 +51,21 @@ class InboxEntry:
     seen: bool
     read: bool
     archived: bool
+    delivered: dict[str, Any] | None
+    """The first acknowledgement by any device: ``at`` (RFC 3339), ``device``, ``try``."""
+
+    @classmethod
+    def from_item(cls, item: dict[str, Any]) -> InboxEntry:
+        """Read an item of the answer to ``inbox``."""
+        return cls(item["n"], item["pos"], item["seen"], item["read"], item["archived"], item.get("delivered"))
 
 
 @dataclass(frozen=True, slots=True)
 class InboxPage:
-    """Newest first; `next` is the `before` of the following page, None at the end."""
+    """`next` continues it, as the `before` or `after` of the following page; None at the end.
+
+    A page may be short, or empty, and have a `next`: the gateway reads only so far at a time.
+    """
 
     items: Sequence[InboxEntry]
     next: str | None

@@ -46,7 +46,7 @@ def _inbox(args: argparse.Namespace) -> int:
 async def _agent(settings: Settings, make: Callable[[Settings, Store], Service]) -> int:
     from tidings.store.factory import open_store_url
 
-    store = open_store_url(settings.store_url)
+    store = open_store_url(settings.store_url, retention_days=settings.retention_days)
     agent = make(settings, store)
     try:
         await store.open()

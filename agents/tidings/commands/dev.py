@@ -30,6 +30,12 @@ def register(commands: Commands[argparse.ArgumentParser], common: argparse.Argum
     parser.add_argument("--port", type=int, help="port of both, 0 for any (default: 8080)")
     parser.add_argument("--nats-port", type=_port, default=4222, help="port of NATS, 0 for any (default: 4222)")
     parser.add_argument("--fresh", action="store_true", help="delete what the state folder holds first")
+    parser.add_argument(
+        "--store",
+        metavar="URL",
+        help="keep the inbox on a CQL server: cql://host:9042/keyspace, made where it is missing (default: SQLite, in "
+        "the state folder; --fresh deletes only what is there)",
+    )
     add_state(parser)
     parser.set_defaults(run=_dev)
 
@@ -41,7 +47,7 @@ def _port(text: str) -> int:
 
 
 def _dev(args: argparse.Namespace) -> int:
-    """NATS with JetStream, the agents on SQLite, and a page to try it all, until Ctrl-C. A second start finds
+    """NATS with JetStream, the agents, and a page to try it all, until Ctrl-C. A second start finds
     everything again. For one machine: NATS is open to its users, and the page hands out tokens.
     """
     from tidings.dev.mesh import DevMesh
@@ -49,7 +55,7 @@ def _dev(args: argparse.Namespace) -> int:
     settings = load(args, host=args.host, port=args.port)
 
     async def main() -> int:
-        mesh = DevMesh(settings, args.state, nats_port=args.nats_port, fresh=args.fresh)
+        mesh = DevMesh(settings, args.state, nats_port=args.nats_port, fresh=args.fresh, store_url=args.store)
         return await serve(mesh, started=lambda: print(_greeting(mesh, args), flush=True))
 
     return run(main())

@@ -187,22 +187,22 @@ async def _clock(connection: Connection) -> _Finding:
 
 
 async def _store(settings: Settings) -> AsyncIterator[_Finding]:
-    from tidings.store.factory import open_store_url
+    from tidings.store.factory import open_store_url, shown
 
     if _is_missing_file(settings.store_url):
         # Opening would make it, here, where perhaps no agent runs.
         yield _warn(
-            f"store at {settings.store_url}: not there yet: the first agent that starts in this folder makes it"
+            f"store at {shown(settings.store_url)}: not there yet: the first agent that starts in this folder makes it"
         )
         return
-    store = open_store_url(settings.store_url)
+    store = open_store_url(settings.store_url, retention_days=settings.retention_days)
     try:
         await store.open()
         await store.check()
     except TidingsError as error:
-        yield _fail(f"store at {settings.store_url}: {error}")
+        yield _fail(f"store at {shown(settings.store_url)}: {error}")
     else:
-        yield _ok(f"store at {settings.store_url}: reads and writes")
+        yield _ok(f"store at {shown(settings.store_url)}: reads and writes")
     finally:
         await store.close()
 

@@ -1,26 +1,34 @@
-"""``tidings topology plan|apply|show``: the streams and shared consumers on the server."""
+"""``tidings topology plan|apply|show``: the streams and shared consumers on the server, and the store's schema."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Awaitable, Callable
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from .common import Commands, add_nats, check_mapping, load, run
 
 if TYPE_CHECKING:
     from tidings.runtime.settings import Settings
+    from tidings.store.cql import Where
     from tidings.stream.connection import Connection
 
 __all__ = ["register"]
 
 
 def register(commands: Commands[argparse.ArgumentParser], common: argparse.ArgumentParser) -> None:
-    parser = commands.add_parser("topology", parents=[common], help="the streams on the NATS server")
+    parser = commands.add_parser(
+        "topology", parents=[common], help="the streams on the NATS server, the store's schema"
+    )
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     for name, action, text in (
         ("plan", _plan, "say what apply would change"),
-        ("apply", _apply, "make the streams as the settings want them, and check the subject mapping"),
+        (
+            "apply",
+            _apply,
+            "make the streams and the store's schema as the settings want them, and check the subject mapping",
+        ),
         ("show", _show, "say what is there"),
     ):
         sub = actions.add_parser(name, parents=[common], help=text, description=text)
@@ -43,21 +51,41 @@ async def _with_connection(settings: Settings, action: Callable[[Connection, Set
     return 0
 
 
+def _schema() -> ModuleType:
+    """Imported here: whoever keeps the inbox in SQLite may not have the driver."""
+    from tidings.store.cql import schema
+
+    return schema
+
+
+def _where(settings: Settings) -> Where:
+    from tidings.store.cql import parse_url
+
+    return parse_url(settings.store_url)
+
+
 async def _plan(connection: Connection, settings: Settings) -> None:
+    from tidings.store.factory import is_cql
     from tidings.stream import topology
 
-    changes = await topology.plan(connection, settings)
+    changes = [change.text for change in await topology.plan(connection, settings)]
+    if is_cql(settings.store_url):
+        changes += [f"apply {file} to the store" for file in await _schema().pending(_where(settings))]
     for change in changes:
-        print(change.text)
+        print(change)
     print(f"{len(changes)} to do: `tidings topology apply` does it" if changes else "nothing to do")
 
 
 async def _apply(connection: Connection, settings: Settings) -> None:
+    from tidings.store.factory import is_cql
     from tidings.stream import topology
 
-    changes = await topology.apply(connection, settings)
+    changes = [change.text for change in await topology.apply(connection, settings)]
+    if is_cql(settings.store_url):
+        files = await _schema().apply(_where(settings), settings.cql_replication)
+        changes += [f"apply {file} to the store" for file in files]
     for change in changes:
-        print(change.text)
+        print(change)
     print(f"{len(changes)} done" if changes else "nothing to do")
     await check_mapping(connection, settings.partitions)
 

@@ -24,7 +24,7 @@ from tidings.publish.publisher import Publisher
 from tidings.runtime.backoff import Backoff
 from tidings.runtime.service import Service, State
 from tidings.runtime.settings import Settings
-from tidings.store.factory import open_store_url
+from tidings.store.factory import is_cql, open_store_url
 from tidings.store.port import Store
 from tidings.stream import topology
 from tidings.stream.connection import ApiError, Connection, connect
@@ -47,8 +47,17 @@ class DevMesh(Service):
 
     name = "dev"
 
-    def __init__(self, settings: Settings, state: Path, *, nats_port: int = 4222, fresh: bool = False) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        state: Path,
+        *,
+        nats_port: int = 4222,
+        fresh: bool = False,
+        store_url: str | None = None,
+    ) -> None:
         super().__init__()
+        self._store_url = store_url
         self.folder = StateFolder(state)
         self.settings = settings
         self._fresh = fresh
@@ -80,13 +89,13 @@ class DevMesh(Service):
         key = self.folder.key()
         self._nats = NatsServer(self.folder.nats, port=self._nats_port, partitions=self.folder.marker.partitions)
         await self._nats.start()
-        self.settings = embedded(self.settings, self.folder, self._nats.url, key)
+        self.settings = embedded(self.settings, self.folder, self._nats.url, key, self._store_url)
         self._connection = await connect(self.settings, "tidings-dev", found=self._nats_is_back)
         await self._make_streams(self._connection)
         await topology.probe_mapping(self._connection, self.settings.partitions)
         self._store = await self._open_store()
         await self._start_agents(self._store)
-        self.folder.note_running(self._nats.url, self.http_url)
+        self.folder.note_running(self._nats.url, self.http_url, self.settings.store_url)
 
     async def _make_streams(self, connection: Connection) -> None:
         """Create or verify the topology. What was made once and is missing now was lost, and is not made anew."""
@@ -121,11 +130,16 @@ class DevMesh(Service):
                 return
 
     async def _open_store(self) -> Store:
-        store = open_store_url(self.settings.store_url)
+        url, elsewhere = self.settings.store_url, is_cql(self.settings.store_url)
+        store = open_store_url(url, retention_days=self.settings.retention_days)
         try:
+            if elsewhere:
+                await _apply_schema(url)
             await store.open()
         except StoreUnavailable as error:
             await store.close()
+            if elsewhere:
+                raise StartFailed(f"the inbox cannot be opened: {error}") from None
             raise self._damaged(f"the inbox cannot be opened: {error}") from None
         return store
 
@@ -178,15 +192,26 @@ class DevMesh(Service):
             self.log.warning("%s for longer than %.1f s: left behind", what, seconds)
 
 
-def embedded(settings: Settings, folder: StateFolder, nats_url: str, key: str) -> Settings:
-    """The settings of a mesh on a state folder: its own server, store and key, whatever the environment says."""
+async def _apply_schema(url: str) -> None:
+    from tidings.store.cql import parse_url, schema
+
+    await schema.apply(parse_url(url), "simple:1", development=True)
+
+
+def embedded(
+    settings: Settings, folder: StateFolder, nats_url: str, key: str, store_url: str | None = None
+) -> Settings:
+    """The settings of a mesh on a state folder: its own server, store and key, whatever the environment says.
+
+    `store_url` is for an inbox that is not in the folder.
+    """
     return dataclasses.replace(
         settings,
         nats_url=nats_url,
         nats_credentials="",
         partitions=folder.marker.partitions,
         replicas=1,
-        store_url=folder.store_url,
+        store_url=store_url or folder.store_url,
         token_key=key,
         drain_s=min(settings.drain_s, _DRAIN_S),
     )

@@ -59,6 +59,7 @@ class Running(NamedTuple):
     pid: int
     nats_url: str
     http_url: str
+    store_url: str
 
     @property
     def ws_url(self) -> str:
@@ -132,9 +133,9 @@ class StateFolder:
             self.marker = self.marker._replace(streams_made=True)
             self._write_marker()
 
-    def note_running(self, nats_url: str, http_url: str) -> None:
-        """Tell other commands where the mesh listens."""
-        self._write(_RUNTIME, Running(os.getpid(), nats_url, http_url)._asdict())
+    def note_running(self, nats_url: str, http_url: str, store_url: str) -> None:
+        """Tell other commands where the mesh listens, and where its inbox is."""
+        self._write(_RUNTIME, Running(os.getpid(), nats_url, http_url, store_url)._asdict())
 
     def _take(self) -> None:
         self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

@@ -17,6 +17,7 @@ from aiohttp import web
 
 from tidings.runtime.service import Service
 from tidings.runtime.settings import Settings
+from tidings.store.guard import GuardedStore
 from tidings.store.port import Store
 from tidings.stream import consumers, topology
 from tidings.stream.connection import ApiError, Connection, connect
@@ -69,7 +70,8 @@ class Gateway(Service):
     async def _start(self) -> None:
         self._connection = connection = await connect(self._settings, "tidings-gateway", found=self._reconnected)
         found = await topology.discover(connection)
-        self._hub = hub = Hub(self._settings, self._store, connection, found, self.spawn)
+        store = GuardedStore(self._store, self._settings.store_timeout_s)
+        self._hub = hub = Hub(self._settings, store, connection, found, self.spawn)
         await self._read_floors(hub)
         await connection.listen(subject.INBOX_FLOOR, lambda *message: hub.floors.heard(*message))
         await connection.listen(subject.gateway_wildcard(hub.gateway), self._receive)
@@ -77,7 +79,7 @@ class Gateway(Service):
         opener = Opener(hub)
         self._keeper = keeper = Keeper(hub, opener)
         self._door = Door(hub, opener)
-        for loop in (keeper.write_cursors, keeper.keep_time, keeper.mend, keeper.probe):
+        for loop in (keeper.write_cursors, keeper.write_notes, keeper.keep_time, keeper.mend, keeper.probe):
             self.spawn(loop())
         await self._listen()
         self.log.info("gateway %s listens on %s:%d", hub.gateway, self._settings.host, self.port)
@@ -171,6 +173,7 @@ class Gateway(Service):
         for session in list(hub.by_id.values()):
             hub.end(session)
         await self._keeper.flush()
+        await self._keeper.flush_notes()
 
     async def _send_away(self, session: Session) -> None:
         socket = session.socket
@@ -184,6 +187,7 @@ class Gateway(Service):
                 self._hub.close_socket(session, codes.RESTART, self._hub.bye(1000))
                 self._hub.end(session)
             await self._keeper.flush()
+            await self._keeper.flush_notes()
         if self._runner is not None:
             await self._runner.cleanup()
         if self._connection is not None:
@@ -202,7 +206,8 @@ class Gateway(Service):
         if self._connection is None or not self._connection.is_connected:
             problems.append("no connection to NATS")
         try:
-            await self._store.check()
+            if self._hub is not None:
+                await self._hub.store.check()
             store = "ok"
         except TidingsError as error:
             # Deliveries go on without it: a gateway is not taken out for that.

@@ -36,6 +36,7 @@ __all__ = ["Hub", "new_id"]
 
 _STRAY_DELAY_S = 5.0
 _RELEASED_MOST = 50_000
+_MOST_NOTES = 20_000
 
 log = logging.getLogger("tidings.gateway")
 
@@ -80,6 +81,10 @@ class Hub:
         self.broken: dict[Session, None] = {}
         """Sessions whose consumer is gone."""
         self.broken_event = asyncio.Event()
+        self.notes: deque[tuple[str, str, Entry, float]] | None = None
+        """Deliveries to be noted: user, device, what, Unix seconds. While the store is down the oldest go."""
+        if settings.delivery_marks == "on":
+            self.notes = deque(maxlen=_MOST_NOTES)
         self._rooms: dict[Session, asyncio.Event] = {}
         self._dirty: list[Session] = []
         self._loop = asyncio.get_running_loop()
@@ -179,6 +184,11 @@ class Hub:
         session.blind = True
         self.blind.add(session)
         self.moved.pop(session, None)
+
+    def delivered(self, session: Session, entry: Entry) -> None:
+        """A device has it: noted in the inbox by and by, off the path of deliveries."""
+        if self.notes is not None:
+            self.notes.append((session.user, session.device, entry, time.time()))
 
     def cursor_moved(self, session: Session) -> None:
         if not session.blind:

@@ -1,6 +1,6 @@
 """What a gateway does by the clock: writes cursors, mends consumers, looks after silent and lingering sessions.
 
-Three loops serve all sessions; none of them is a session's own.
+A few loops serve all sessions; none of them is a session's own.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import logging
 from itertools import islice
 
 from tidings.runtime.backoff import Backoff
+from tidings.store.port import Delivered, DeliveredMark
 from tidings.stream import consumers
 from tidings.wire import codes
 from tidings.wire.errors import StoreUnavailable, StreamUnavailable
@@ -17,6 +18,7 @@ from tidings.wire.errors import StoreUnavailable, StreamUnavailable
 from .hub import Hub
 from .opening import Opener
 from .session import Session, SessionState
+from .window import Entry
 
 __all__ = ["Keeper"]
 
@@ -66,6 +68,24 @@ class Keeper:
                 if session_lost is not None:
                     log.info("session %s was replaced on another gateway", session_lost.id)
                     hub.replaced(session_lost)
+
+    async def write_notes(self) -> None:
+        """Note in the inbox what was delivered, when and where: an audit, which no delivery waits for."""
+        hub = self._hub
+        while hub.notes is not None:
+            await asyncio.sleep(hub.settings.cursor_flush_s)
+            await self.flush_notes()
+
+    async def flush_notes(self) -> None:
+        notes = self._hub.notes
+        while notes:
+            some = [notes.popleft() for _ in range(min(_SLICE, len(notes)))]
+            try:
+                await self._hub.store.delivered([_mark(*note) for note in some])
+            except StoreUnavailable as error:
+                notes.extendleft(reversed(some))
+                log.warning("%d delivery marks wait for the store: %s", len(notes), error)
+                return
 
     async def _end_blindness(self) -> None:
         """The store answers again: sessions that began without it come back through the front door."""
@@ -187,3 +207,9 @@ class Keeper:
         log.warning("NATS node %s lost its consumers: %d sessions get new ones", node or "(alone)", len(gone))
         for session in gone:
             hub.lost(session)
+
+
+def _mark(user: str, device: str, entry: Entry, at: float) -> DeliveredMark:
+    stored_ns = consumers.parse_reply(entry.reply).stored_ns if entry.reply is not None else entry.stored_ns
+    assert stored_ns is not None
+    return DeliveredMark(user, entry.position, stored_ns, Delivered(int(at * 1000), device, entry.attempts))

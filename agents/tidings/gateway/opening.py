@@ -112,6 +112,9 @@ class Opener:
             log.warning("session %s starts without its cursor: %s", session.id, error)
             return await self._start_blind(session, window, since)
         cursor = await self._newest(session, claimed)
+        if claimed.lost:
+            log.info("session %s was replaced while it was opened", session.id)
+            hub.replaced(session)
         if claimed.first:
             now = await consumers.last_sequence(hub.connection, session.partition)
             cursor = Cursor(max(floor, Position(session.incarnation, now)))
@@ -227,7 +230,7 @@ class Opener:
                     session.socket.send(frames.gap(None, None))
                 break
             for row in rows:
-                session.replay(row.position, row.body)
+                session.replay(row.position, row.body, row.stored_ns)
                 after = row.position
             if len(rows) < limit:
                 break

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from tidings.store.port import PageQuery
 from tidings.wire import frames
 from tidings.wire.errors import BadPosition, StoreUnavailable, StreamUnavailable
 from tidings.wire.frames import Count, InboxQuery, Mark
@@ -41,10 +42,16 @@ class Requests:
             socket.send(frames.error(error.code, str(error), request.ref))
 
     async def _inbox(self, session: Session, query: InboxQuery) -> bytes:
-        page = await self._hub.store.page(session.user, before=query.before, limit=query.limit, filter=query.filter)
+        page = await self._hub.store.page(
+            session.user,
+            PageQuery(query.limit, query.before, query.after, query.filter, query.type, query.topic),
+        )
         return frames.page(
             query.ref,
-            ((str(item.position), item.seen, item.read, item.archived, item.body) for item in page.items),
+            (
+                (str(item.position), item.seen, item.read, item.archived, item.delivered, item.body)
+                for item in page.items
+            ),
             None if page.next is None else str(page.next),
         )
 
@@ -53,6 +60,7 @@ class Requests:
         told: list[bytes] = []
         done = frames.ok(mark.ref)
         if mark.positions is None:
+            assert mark.as_ != "unread"
             upto = self._newest(session)
             await store.mark_all(user, upto, mark.as_)
             told.append(frames.state(None, mark.as_, str(upto)))

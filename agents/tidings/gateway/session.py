@@ -206,10 +206,10 @@ class Session:
 
     # From the inbox
 
-    def replay(self, position: Position, body: bytes) -> bool:
+    def replay(self, position: Position, body: bytes, stored_ns: int) -> bool:
         """One item of the catch-up; False when the device has it already."""
         text = str(position)
-        if self.window.offer(text, position, body, None) is None:
+        if self.window.offer(text, position, body, None, stored_ns) is None:
             return False
         self.unstored += 1
         self.hub.replaying.add(self)
@@ -281,6 +281,7 @@ class Session:
         for text in texts:
             entry = self.window.ack(text)
             if entry is not None:
+                self.hub.delivered(self, entry)
                 self._settled(entry)
             elif self.gap is not None and self.gap[1] is not None and text == str(self.gap[1]):
                 self._noted()
@@ -291,6 +292,7 @@ class Session:
         if self.gap is not None and self.gap[1] is not None and position >= self.gap[1]:
             self._noted()
         for entry in self.window.ack_upto(position):
+            self.hub.delivered(self, entry)
             self._settled(entry)
         self.hub.cursor_moved(self)
 

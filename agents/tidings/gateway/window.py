@@ -17,15 +17,19 @@ __all__ = ["Entry", "Window"]
 class Entry:
     """A notification under way, kept until the device has it: a device that comes back is served from memory."""
 
-    __slots__ = ("attempts", "body", "position", "reply", "sent_at")
+    __slots__ = ("attempts", "body", "position", "reply", "sent_at", "stored_ns")
 
-    def __init__(self, position: Position, body: bytes, reply: bytes | None, attempts: int) -> None:
+    def __init__(
+        self, position: Position, body: bytes, reply: bytes | None, attempts: int, stored_ns: int | None = None
+    ) -> None:
         self.position = position
         self.body = body
         self.reply = reply
         """Where JetStream takes the acknowledgement; None for what came out of the inbox."""
         self.attempts = attempts
         """How often it was put in front of a live client, earlier sessions included."""
+        self.stored_ns = stored_ns
+        """When JetStream stored it, for what came out of the inbox; of the others `reply` says it."""
         self.sent_at = 0.0
 
 
@@ -51,7 +55,9 @@ class Window:
     def room(self) -> int:
         return max(0, self.size - len(self.under_way))
 
-    def offer(self, text: str, position: Position, body: bytes, reply: bytes | None) -> Entry | None:
+    def offer(
+        self, text: str, position: Position, body: bytes, reply: bytes | None, stored_ns: int | None = None
+    ) -> Entry | None:
         """Take a notification in; None when the device has acknowledged it before."""
         if position in self._acked:
             self.last = max(self.last, position)
@@ -60,7 +66,7 @@ class Window:
             return None
         self.last = position
         attempts = self._attempts.pop(position, 0) if self._attempts else 0
-        entry = self.under_way[text] = Entry(position, body, reply, attempts)
+        entry = self.under_way[text] = Entry(position, body, reply, attempts, stored_ns)
         return entry
 
     def skip(self, position: Position) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections.abc import Mapping
 from typing import Final, NamedTuple
 
 import orjson
@@ -25,7 +26,14 @@ from tidings.stream.connection import Connection, connect
 from tidings.stream.consumers import Delivery
 from tidings.stream.topology import INBOX, Topology, notify_stream
 from tidings.wire import subject
-from tidings.wire.errors import BadSubject, InvalidNotification, StoreUnavailable, StreamUnavailable, TidingsError
+from tidings.wire.errors import (
+    BadSubject,
+    InvalidNotification,
+    RowsRefused,
+    StoreUnavailable,
+    StreamUnavailable,
+    TidingsError,
+)
 from tidings.wire.notification import check
 from tidings.wire.position import Position
 
@@ -37,7 +45,7 @@ _DAY_NS: Final = 86_400_000_000_000
 
 
 class _Poison(NamedTuple):
-    """A message that is no notification."""
+    """A message that cannot be kept: mostly one that is no notification."""
 
     where: str
     body: bytes
@@ -45,6 +53,13 @@ class _Poison(NamedTuple):
     delivery: Delivery
     reason: str
     detail: str
+
+
+def _poison_row(row: InboxRow, reply: bytes, reason: str) -> _Poison:
+    delivery = consumers.parse_reply(reply)
+    token = subject.escape(row.user)
+    partition = int(delivery.stream.rpartition(b"_")[2])
+    return _Poison(subject.part_user(token, partition), row.body, reply, delivery, RowsRefused.code, reason)
 
 
 class InboxAgent(Service):
@@ -190,27 +205,36 @@ class InboxAgent(Service):
                 size = self._settings.inbox_batch
                 rows, self._rows = self._rows[:size], self._rows[size:]
                 replies, self._replies = self._replies[:size], self._replies[size:]
-                await self._store_batch(rows)
+                refused = await self._store_batch(rows)
+                if refused:
+                    for index, reason in refused.items():
+                        await self._bury(_poison_row(rows[index], replies[index], reason))
+                    replies = [reply for index, reply in enumerate(replies) if index not in refused]
                 self._connection.ack_all(replies)
                 self._pull_where_none()
 
-    async def _store_batch(self, rows: list[InboxRow]) -> None:
-        """Store rows durably; while the store is down, wait, and pull no more than is asked for."""
+    async def _store_batch(self, rows: list[InboxRow]) -> Mapping[int, str]:
+        """Store rows durably; while the store is down, wait, and pull no more than is asked for.
+
+        Returns the reasons of those that no store can keep, by index.
+        """
         backoff = Backoff(0.1, 5.0)
         while True:
             try:
                 await self._store.append(rows)
+            except RowsRefused as error:
+                return error.reasons
             except StoreUnavailable as error:
                 delay = backoff.next()
                 self.log.warning("%d rows wait %.1f s for the store: %s", len(rows), delay, error)
                 await asyncio.sleep(delay)
             else:
-                return
+                return {}
 
     async def _bury(self, letter: _Poison) -> None:
         """Make a dead letter of what is no notification; unacknowledged until that is durable."""
         delivery, sequence = letter.delivery, letter.delivery.stream_sequence
-        self.log.warning("message %d on %s is no notification: %s", sequence, letter.where, letter.detail)
+        self.log.warning("message %d on %s is a dead letter: %s", sequence, letter.where, letter.detail)
         try:
             await consumers.bury(
                 self._connection,

@@ -45,7 +45,11 @@ class Settings:
     duplicate_window_s: int = _number(120, 1, 3600, "how long JetStream remembers message ids")
 
     # The store
-    store_url: str = _text("sqlite:///tidings.db", "where inbox and cursors live")
+    store_url: str = _text(
+        "sqlite:///tidings.db", "where inbox and cursors live: sqlite:///file.db or cql://host/keyspace"
+    )
+    store_timeout_s: float = _number(1, 0.05, 60, "how long the store may take for what a client waits for")
+    cql_replication: str = _text("", "copies in each datacenter of a new CQL keyspace, such as dc1:3 or dc1:3,dc2:3")
     retention_days: int = _number(90, 1, 3650, "how long the inbox keeps a notification")
 
     # The gateway
@@ -67,6 +71,9 @@ class Settings:
     pull_expires_s: float = _number(300, 1, 3600, "how long one pull request waits at the server")
     consumer_idle_s: float = _number(300, 10, 86_400, "how long a killed gateway's consumers stay")
     consumer_starts: int = _number(64, 1, 4096, "most consumers that a gateway makes at a time")
+    delivery_marks: str = _text(
+        "on", "note in the inbox when and where each was delivered first", choices=("on", "off")
+    )
     cursor_flush_s: float = _number(5, 0.1, 300, "how often changed cursors are written")
     catchup_cap: int = _number(1000, 1, 100_000, "most missed notifications that are pushed from the inbox")
     overlap_s: float = _number(

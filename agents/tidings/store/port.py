@@ -3,13 +3,16 @@
 All adapters pass one conformance suite (``tests/conformance``). Methods are coroutines that never block
 the event loop; they raise `StoreUnavailable` when the database does not answer, and then have changed
 nothing or something that repeating them changes no further.
+
+Marks are kept beside the notifications: they may come before their row, and they outlive its redelivery. A mark of
+all is one watermark, however many rows lie below it, and also covers those that are stored a moment later.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple, Protocol
+from typing import Any, Final, Literal, NamedTuple, Protocol
 
 from tidings.wire.frames import Filter, MarkAs
 from tidings.wire.position import Position
@@ -19,10 +22,14 @@ __all__ = [
     "Claimed",
     "Cursor",
     "CursorUpdate",
+    "Delivered",
+    "DeliveredMark",
     "Holder",
     "InboxItem",
     "InboxPage",
     "InboxRow",
+    "MarkAllAs",
+    "PageQuery",
     "Store",
 ]
 
@@ -43,6 +50,25 @@ class InboxRow(NamedTuple):
     body: bytes
 
 
+class Delivered(NamedTuple):
+    """The first acknowledgement of a notification by any device of the user."""
+
+    at_ms: int
+    """Unix milliseconds, by the gateway's clock."""
+    device: str
+    attempts: int
+    """How often it had been put in front of that device."""
+
+
+class DeliveredMark(NamedTuple):
+    """A notification that a device acknowledged, for `Store.delivered`."""
+
+    user: str
+    position: Position
+    stored_ns: int
+    delivered: Delivered
+
+
 class InboxItem(NamedTuple):
     """A row of a page, with the user's marks."""
 
@@ -50,14 +76,36 @@ class InboxItem(NamedTuple):
     seen: bool
     read: bool
     archived: bool
+    stored_ns: int
     body: bytes
+    delivered: Delivered | None = None
+
+
+class PageQuery(NamedTuple):
+    """What to list. All conditions hold together."""
+
+    limit: int = 50
+    before: Position | None = None
+    """Only what is strictly older, newest first; the default for both None."""
+    after: Position | None = None
+    """Only what is strictly newer, oldest first; excludes `before`."""
+    filter: Filter = "all"
+    """``all`` leaves out what is archived, ``unread`` what is read or archived, ``archived`` all else."""
+    type: str | None = None
+    topic: str | None = None
 
 
 class InboxPage(NamedTuple):
-    """Newest first; `next` is the `before` of the following page, None at the end."""
+    """A page; `next` continues it (as its `before` or `after`), None at the end.
+
+    A store that has to read past much that does not fit may return a short page with a `next`.
+    """
 
     items: Sequence[InboxItem]
     next: Position | None
+
+
+MarkAllAs = Literal["seen", "read", "archived"]
 
 
 class Holder(NamedTuple):
@@ -88,6 +136,8 @@ class Claimed(NamedTuple):
     first: bool
     """The device was never seen before: the cursor is the floor that the claim proposed."""
     previous: Holder | None
+    lost: bool = False
+    """Somebody newer claimed the device in the same moment: this session is to end."""
 
 
 class CursorUpdate(NamedTuple):
@@ -114,13 +164,13 @@ class Store(Protocol):
         """Answer if the store can read and write now; raises `StoreUnavailable` otherwise."""
 
     async def append(self, rows: Sequence[InboxRow]) -> None:
-        """Store rows; durable when it returns. A row that is there already stays, with its marks."""
+        """Store rows; durable when it returns. A row that is there already stays, with its marks.
 
-    async def page(self, user: str, *, before: Position | None, limit: int, filter: Filter) -> InboxPage:
-        """Rows newest first, strictly older than `before`.
-
-        ``all`` leaves out what is archived, ``unread`` what is read or archived, ``archived`` all else.
+        Raises `RowsRefused` when some can never be stored; all others then are durable.
         """
+
+    async def page(self, user: str, query: PageQuery) -> InboxPage:
+        """One page of what the query asks for; following `next` shows each row once, whatever is stored meanwhile."""
 
     async def between(self, user: str, after: Position, upto: Position, limit: int) -> list[InboxItem]:
         """Rows with after < position <= upto, oldest first, at most `limit`; marks do not matter."""
@@ -134,11 +184,14 @@ class Store(Protocol):
     async def mark(self, user: str, positions: Sequence[Position], as_: MarkAs) -> None:
         """Mark rows, also ones that are still to be appended: their marks wait for them.
 
-        ``read`` and ``archived`` imply seen; ``unread`` takes read back; nothing takes archived back.
+        ``read`` implies seen, ``archived`` implies both; ``unread`` takes read back, from what is not archived.
         """
 
-    async def mark_all(self, user: str, upto: Position, as_: MarkAs) -> None:
-        """Mark every row up to and including `upto`. Archived rows are left as they are."""
+    async def mark_all(self, user: str, upto: Position, as_: MarkAllAs) -> None:
+        """Mark every row up to and including `upto`, also those that are appended later."""
+
+    async def delivered(self, marks: Sequence[DeliveredMark]) -> None:
+        """Note first deliveries; a later one of the same notification changes nothing."""
 
     async def claim(self, user: str, device: str, holder: Holder, floor: Position) -> Claimed:
         """Make `holder` the device's session, durably and atomically; `floor` is a first-ever device's cursor."""
@@ -146,11 +199,23 @@ class Store(Protocol):
     async def save(self, updates: Sequence[CursorUpdate]) -> list[Holder]:
         """Write cursors, each only where its holder still has the device; returns the holders that lost theirs.
 
-        A floor never moves back: of two the higher one stays.
+        A floor never moves back: of two the higher one stays. A holder is known to the store that claimed for it.
         """
 
     async def holders(self, user: str) -> list[Holder]:
         """The sessions that have the user's devices now (or had them when their gateway was killed)."""
 
     async def expire(self, before_ns: int) -> int:
-        """Delete rows stored before that time (nanoseconds since the epoch); returns how many."""
+        """Delete rows stored before that time (nanoseconds since the epoch); returns how many.
+
+        A store whose rows have a time to live deletes nothing here.
+        """
+
+    def export(self, user: str) -> AsyncIterator[dict[str, Any]]:
+        """Everything kept of a user, as JSON-ready objects with a member ``kind``: notifications, marks, cursors."""
+
+    async def erase(self, user: str, upto: Position) -> int:
+        """Delete everything kept of a user: notifications and marks up to `upto`, and all cursors.
+
+        Returns how many notifications were deleted. What is appended later up to `upto` stays away too.
+        """

@@ -7,6 +7,8 @@ frame, the command line into a sentence and an exit status.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 __all__ = [
     "BadFrame",
     "BadPosition",
@@ -18,6 +20,7 @@ __all__ = [
     "PublishRefused",
     "PublishUnconfirmed",
     "RequestRefused",
+    "RowsRefused",
     "SessionClosed",
     "StartFailed",
     "StoreUnavailable",
@@ -90,6 +93,16 @@ class StoreUnavailable(TidingsError):
     """The inbox store did not answer; what was asked may be asked again."""
 
     code = "store_unavailable"
+
+
+class RowsRefused(TidingsError):
+    """Rows that no store can keep: storing them again changes nothing. `reasons` is one sentence by row's index."""
+
+    code = "rows_refused"
+
+    def __init__(self, reasons: Mapping[int, str]) -> None:
+        super().__init__(f"{len(reasons)} notifications cannot be stored: {next(iter(reasons.values()))}")
+        self.reasons = reasons
 
 
 class PublishRefused(TidingsError):

@@ -8,6 +8,7 @@ A notification's body goes into its frame as the bytes that the publisher sent.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, datetime
 from typing import Any, Final, Literal, NamedTuple
 
 import orjson
@@ -78,15 +79,18 @@ class Ack(NamedTuple):
 class InboxQuery(NamedTuple):
     ref: Ref
     before: Position | None
+    after: Position | None
     limit: int
     filter: Filter
+    type: str | None
+    topic: str | None
 
 
 class Mark(NamedTuple):
     ref: Ref
     as_: MarkAs
     positions: Sequence[Position] | None
-    """None means every notification that the user has now."""
+    """None means every notification that the user has now; then `as_` is not ``unread``."""
 
 
 class Count(NamedTuple):
@@ -171,15 +175,20 @@ def _ack(frame: dict[str, Any], ref: Ref) -> Ack:
 
 
 def _inbox(frame: dict[str, Any], ref: Ref) -> InboxQuery:
-    before = frame.get("before")
+    before, after = frame.get("before"), frame.get("after")
+    if before is not None and after is not None:
+        raise BadFrame("`before` pages to what is older and `after` to what is newer: give one of them")
     chosen = frame.get("filter", "all")
     if chosen not in FILTERS:
         raise BadFrame(f"`filter` must be one of {', '.join(FILTERS)}")
     return InboxQuery(
         ref,
         None if before is None else Position.parse(before),
+        None if after is None else Position.parse(after),
         _integer(frame, "limit", 1, MAX_PAGE) or 50,
         chosen,
+        _text(frame, "type", 256),
+        _text(frame, "topic", 256),
     )
 
 
@@ -188,6 +197,8 @@ def _mark(frame: dict[str, Any], ref: Ref) -> Mark:
     if state not in MARKS:
         raise BadFrame(f"`as` must be one of {', '.join(MARKS)}")
     if frame.get("pos") == "all":
+        if state == "unread":
+            raise BadFrame("`unread` takes positions: all at once can be `seen`, `read` or `archived`")
         return Mark(ref, state, None)
     return Mark(ref, state, [Position.parse(item) for item in _listed(frame)])
 
@@ -246,16 +257,31 @@ def error(code: str, message: str, ref: Ref = None) -> bytes:
     return orjson.dumps({"t": "error", "ref": ref, "code": code, "message": message})
 
 
-def page(ref: Ref, items: Iterable[tuple[str, bool, bool, bool, bytes]], next_: str | None) -> bytes:
-    """The answer to ``inbox``: items as (position, seen, read, archived, body), newest first."""
+def page(
+    ref: Ref, items: Iterable[tuple[str, bool, bool, bool, tuple[int, str, int] | None, bytes]], next_: str | None
+) -> bytes:
+    """The answer to ``inbox``: items as (position, seen, read, archived, delivered, body).
+
+    `delivered` is when (Unix milliseconds), on which device and with which attempt a device acknowledged it first.
+    """
     rows = b",".join(
-        b'{"pos":"%b","seen":%b,"read":%b,"archived":%b,"n":%b}'
-        % (pos.encode(), _BOOL[seen], _BOOL[read], _BOOL[archived], body)
-        for pos, seen, read, archived, body in items
+        b'{"pos":"%b","seen":%b,"read":%b,"archived":%b,"delivered":%b,"n":%b}'
+        % (pos.encode(), _BOOL[seen], _BOOL[read], _BOOL[archived], _delivered(delivered), body)
+        for pos, seen, read, archived, delivered, body in items
     )
     return b'{"t":"ok","ref":%b,"items":[%b],"next":%b}' % (orjson.dumps(ref), rows, orjson.dumps(next_))
 
 
+def _delivered(delivered: tuple[int, str, int] | None) -> bytes:
+    if delivered is None:
+        return b"null"
+    at_ms, device, attempts = delivered
+    return orjson.dumps(
+        {"at": datetime.fromtimestamp(at_ms / 1000, UTC), "device": device, "try": attempts}, option=_TIME
+    )
+
+
+_TIME: Final = orjson.OPT_UTC_Z
 _BOOL: Final = {False: b"false", True: b"true"}
 
 

@@ -1,4 +1,4 @@
-"""The embedded store: one SQLite file, WAL, one writer with group commit, never on the event loop's thread.
+"""A SQLite file without blocking the loop: one writer with group commit, and readers of their own.
 
 Everything that waits when the writer is idle is written in one transaction, so that a commit, which waits for the disk
 (``synchronous=FULL``: what was acknowledged survives a power cut), is shared by all who came meanwhile. Reads
@@ -11,80 +11,21 @@ import asyncio
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-import orjson
-
 from tidings.wire.errors import StoreUnavailable
-from tidings.wire.frames import Filter, MarkAs
-from tidings.wire.position import Position
 
-from .port import UNREAD_CAP, Claimed, Cursor, CursorUpdate, Holder, InboxItem, InboxPage, InboxRow
-from .sqlite_schema import MIGRATIONS
+from .schema import MIGRATIONS
 
-__all__ = ["SqliteStore"]
+__all__ = ["Database"]
 
 Result = TypeVar("Result")
 Operation = Callable[[sqlite3.Connection], Any]
 
-_EXPIRE_SLICE: Final = 2000
 _READERS: Final = 2
-_LAST: Final = Position(2**62, 0)
-
-_APPEND: Final = """
-    INSERT INTO inbox (user, incarnation, sequence, id, type, topic, stored_ns, body) VALUES (?, ?, ?, ?, ?, ?, ?, ?)
-    ON CONFLICT DO UPDATE SET id = excluded.id, type = excluded.type, topic = excluded.topic,
-        stored_ns = excluded.stored_ns, body = excluded.body WHERE inbox.body IS NULL"""
-_PAGE: Final = """
-    SELECT incarnation, sequence, seen, read, archived, body FROM inbox {}
-    WHERE user = ? AND (incarnation, sequence) < (?, ?) AND body IS NOT NULL AND {}
-    ORDER BY incarnation DESC, sequence DESC LIMIT ?"""
-_PAGES: Final[dict[Filter, str]] = {
-    "all": _PAGE.format("", "archived = 0"),
-    # Without a word the planner takes the primary key, and reads past all that does not fit.
-    "unread": _PAGE.format("INDEXED BY inbox_unread", "read = 0 AND archived = 0"),
-    "archived": _PAGE.format("INDEXED BY inbox_archived", "archived = 1"),
-}
-_RANGE: Final = """
-    FROM inbox WHERE user = ? AND (incarnation, sequence) > (?, ?) AND (incarnation, sequence) <= (?, ?)
-    AND body IS NOT NULL"""
-_BETWEEN: Final = (
-    f"SELECT incarnation, sequence, seen, read, archived, body {_RANGE} ORDER BY incarnation, sequence LIMIT ?"
-)
-_MISSED: Final = f"SELECT count(*) {_RANGE}"
-_UNREAD: Final = f"""
-    SELECT count(*) FROM (SELECT 1 FROM inbox INDEXED BY inbox_unread
-    WHERE user = ? AND read = 0 AND archived = 0 AND body IS NOT NULL LIMIT {UNREAD_CAP})"""
-_SETS: Final[dict[MarkAs, str]] = {
-    "seen": "seen = 1",
-    "read": "seen = 1, read = 1",
-    "unread": "read = 0",
-    "archived": "seen = 1, archived = 1",
-}
-_MARKS: Final = {
-    as_: f"""INSERT INTO inbox (user, incarnation, sequence, stored_ns, seen, read, archived)
-    VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET {changes}"""
-    for as_, changes in _SETS.items()
-}
-_FIRST_MARK: Final[dict[MarkAs, tuple[int, int, int]]] = {
-    "seen": (1, 0, 0),
-    "read": (1, 1, 0),
-    "unread": (0, 0, 0),
-    "archived": (1, 0, 1),
-}
-_UNMARKED: Final[dict[MarkAs, str]] = {"seen": "seen = 0", "read": "read = 0", "unread": "read = 1", "archived": "1"}
-_MARK_ALL: Final = {
-    as_: f"""UPDATE inbox SET {changes} WHERE user = ? AND (incarnation, sequence) <= (?, ?)
-    AND archived = 0 AND body IS NOT NULL AND {_UNMARKED[as_]}"""
-    for as_, changes in _SETS.items()
-}
-_SAVE: Final = """
-    UPDATE cursors SET incarnation = ?, sequence = ?, acked = ?, attempts = ?, gateway = ?, session = ?
-    WHERE user = ? AND device = ? AND gateway = ? AND session = ? AND (incarnation, sequence) <= (?, ?)"""
-_CURSOR: Final = "incarnation, sequence, acked, attempts, gateway, session"
 
 _DAMAGED: Final = "it is damaged or no SQLite file; move it away to begin with an empty one"
 _RIGHTS: Final = "the agent must be allowed to write the file and its folder"
@@ -109,8 +50,8 @@ class _Waiting:
         self.committed = False
 
 
-class SqliteStore:
-    """The `Store` port on a SQLite file; the folder is made when it is missing."""
+class Database:
+    """Operations are functions of a connection; they run on other threads, each in a transaction."""
 
     def __init__(self, path: str | Path, *, busy_timeout_s: float = 5.0, pending_limit: int = 10_000) -> None:
         # Readers connect later, perhaps from another working directory.
@@ -223,7 +164,7 @@ class SqliteStore:
 
     # Writing: group commit
 
-    async def _write(self, operation: Callable[[sqlite3.Connection], Result]) -> Result:
+    async def write(self, operation: Callable[[sqlite3.Connection], Result]) -> Result:
         """Run `operation` in the next transaction; returns when it is durable."""
         self._admit(len(self._pending))
         loop = asyncio.get_running_loop()
@@ -294,142 +235,27 @@ class SqliteStore:
 
     # Reading
 
-    async def _read(self, query: str, *parameters: object) -> list[Any]:
+    async def read(self, operation: Callable[[sqlite3.Connection], Result]) -> Result:
+        """Run `operation` on one state of the database, however many statements it has."""
         self._admit(self._reading)
         self._reading += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._read_pool, self._fetch, query, parameters)
+            return await asyncio.get_running_loop().run_in_executor(self._read_pool, self._look, operation)
         except sqlite3.Error as error:
             raise self._unavailable(error) from error
         finally:
             self._reading -= 1
 
-    def _fetch(self, query: str, parameters: tuple[object, ...]) -> list[Any]:
+    def _look(self, operation: Callable[[sqlite3.Connection], Result]) -> Result:
         connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
         if connection is None:
             connection = self._local.connection = self._connect()
             self._readers.append(connection)
             connection.execute("PRAGMA query_only = 1")
-        return connection.execute(query, parameters).fetchall()
-
-    # The port
-
-    async def check(self) -> None:
-        await self._write(lambda db: db.execute("UPDATE probe SET checks = checks + 1"))
-        await self._read("SELECT checks FROM probe")
-
-    async def append(self, rows: Sequence[InboxRow]) -> None:
-        values = [(row.user, *row.position, row.id, row.type, row.topic, row.stored_ns, row.body) for row in rows]
-        await self._write(lambda db: db.executemany(_APPEND, values))
-
-    async def page(self, user: str, *, before: Position | None, limit: int, filter: Filter) -> InboxPage:
-        rows = await self._read(_PAGES[filter], user, *(before or _LAST), limit + 1)
-        items = [_item(row) for row in rows[:limit]]
-        return InboxPage(items, items[-1].position if len(rows) > limit else None)
-
-    async def between(self, user: str, after: Position, upto: Position, limit: int) -> list[InboxItem]:
-        return [_item(row) for row in await self._read(_BETWEEN, user, *after, *upto, limit)]
-
-    async def missed(self, user: str, after: Position, upto: Position) -> int:
-        count: int = (await self._read(_MISSED, user, *after, *upto))[0][0]
-        return count
-
-    async def unread(self, user: str) -> int:
-        count: int = (await self._read(_UNREAD, user))[0][0]
-        return count
-
-    async def mark(self, user: str, positions: Sequence[Position], as_: MarkAs) -> None:
-        now, first = time.time_ns(), _FIRST_MARK[as_]
-        values = [(user, *position, now, *first) for position in positions]
-        await self._write(lambda db: db.executemany(_MARKS[as_], values))
-
-    async def mark_all(self, user: str, upto: Position, as_: MarkAs) -> None:
-        await self._write(lambda db: db.execute(_MARK_ALL[as_], (user, *upto)))
-
-    async def claim(self, user: str, device: str, holder: Holder, floor: Position) -> Claimed:
-        def operation(db: sqlite3.Connection) -> Claimed:
-            query = f"SELECT {_CURSOR} FROM cursors WHERE user = ? AND device = ?"
-            row = db.execute(query, (user, device)).fetchone()
-            if row is None:
-                db.execute(
-                    "INSERT INTO cursors (user, device, incarnation, sequence, gateway, session) "
-                    "VALUES (?, ?, ?, ?, ?, ?)",
-                    (user, device, *floor, *holder),
-                )
-                return Claimed(Cursor(floor), True, None)
-            db.execute(
-                "UPDATE cursors SET gateway = ?, session = ? WHERE user = ? AND device = ?", (*holder, user, device)
-            )
-            return Claimed(_cursor(row), False, Holder(row[4], row[5]) if row[4] is not None else None)
-
-        return await self._write(operation)
-
-    async def save(self, updates: Sequence[CursorUpdate]) -> list[Holder]:
-        values = [_save_values(update) for update in updates]
-
-        def operation(db: sqlite3.Connection) -> list[Holder]:
-            db.execute("SAVEPOINT all_at_once")
-            if db.executemany(_SAVE, values).rowcount == len(updates):
-                db.execute("RELEASE all_at_once")
-                return []
-            # Rare: some lost their device, or a floor would have moved back. One by one.
-            db.execute("ROLLBACK TO all_at_once")
-            db.execute("RELEASE all_at_once")
-            return [update.holder for update in updates if not _save_one(db, update)]
-
-        return await self._write(operation)
-
-    async def holders(self, user: str) -> list[Holder]:
-        query = "SELECT gateway, session FROM cursors WHERE user = ? AND gateway IS NOT NULL"
-        return [Holder(*row) for row in await self._read(query, user)]
-
-    async def expire(self, before_ns: int) -> int:
-        def operation(db: sqlite3.Connection) -> int:
-            keys = db.execute(
-                "SELECT user, incarnation, sequence FROM inbox WHERE stored_ns < ? LIMIT ?", (before_ns, _EXPIRE_SLICE)
-            ).fetchall()
-            db.executemany("DELETE FROM inbox WHERE user = ? AND incarnation = ? AND sequence = ?", keys)
-            return len(keys)
-
-        gone = 0
-        while slice_ := await self._write(operation):
-            gone += slice_
-        return gone
-
-
-def _item(row: tuple[Any, ...]) -> InboxItem:
-    return InboxItem(Position(row[0], row[1]), bool(row[2]), bool(row[3]), bool(row[4]), row[5])
-
-
-def _cursor(row: tuple[Any, ...]) -> Cursor:
-    return Cursor(
-        Position(row[0], row[1]),
-        frozenset(Position(*pair) for pair in orjson.loads(row[2])),
-        {Position(incarnation, sequence): count for incarnation, sequence, count in orjson.loads(row[3])},
-    )
-
-
-def _save_values(update: CursorUpdate) -> tuple[object, ...]:
-    floor, cursor = update.cursor.floor, update.cursor
-    # tuple(): a named tuple is no JSON for orjson.
-    acked = orjson.dumps([tuple(position) for position in sorted(cursor.acked)]) if cursor.acked else b"[]"
-    attempts = orjson.dumps([(*at, count) for at, count in cursor.attempts.items()]) if cursor.attempts else b"[]"
-    holder = (None, None) if update.release else update.holder
-    return (
-        *floor, acked.decode(), attempts.decode(), *holder, update.user, update.device, *update.holder, *floor
-    )  # fmt: skip
-
-
-def _save_one(db: sqlite3.Connection, update: CursorUpdate) -> bool:
-    """Write one cursor where its holder still has the device; a floor never moves back."""
-    who = (update.user, update.device, *update.holder)
-    row = db.execute(
-        "SELECT incarnation, sequence FROM cursors WHERE user = ? AND device = ? AND gateway = ? AND session = ?", who
-    ).fetchone()
-    if row is None:
-        return False
-    floor = max(Position(*row), update.cursor.floor)
-    acked = frozenset(position for position in update.cursor.acked if position > floor)
-    attempts = {position: count for position, count in update.cursor.attempts.items() if position > floor}
-    db.execute(_SAVE, _save_values(update._replace(cursor=Cursor(floor, acked, attempts))))
-    return True
+        connection.execute("BEGIN")
+        try:
+            return operation(connection)
+        finally:
+            # An error may have ended it already.
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")

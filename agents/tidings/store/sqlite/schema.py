@@ -44,4 +44,27 @@ MIGRATIONS: Final = (
     CREATE TABLE probe (one INTEGER PRIMARY KEY CHECK (one = 1), checks INTEGER NOT NULL);
     INSERT INTO probe VALUES (1, 0);
     """,
+    """
+    -- What was archived counts as read from now on.
+    UPDATE inbox SET seen = 1, read = 1 WHERE archived = 1;
+
+    -- Marked as unread below the watermark of `read`.
+    ALTER TABLE inbox ADD COLUMN kept INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE inbox ADD COLUMN delivered_ms INTEGER;
+    ALTER TABLE inbox ADD COLUMN delivered_device TEXT;
+    ALTER TABLE inbox ADD COLUMN delivered_attempts INTEGER;
+    CREATE INDEX inbox_kept ON inbox (user, incarnation, sequence) WHERE kept = 1;
+
+    -- Up to where all is `seen`, `read` or `archived` (each at least as far as the next one), or `erased`.
+    CREATE TABLE watermarks (
+        user TEXT NOT NULL,
+        as_ TEXT NOT NULL,
+        incarnation INTEGER NOT NULL,
+        sequence INTEGER NOT NULL,
+        updated_ns INTEGER NOT NULL,
+        PRIMARY KEY (user, as_)
+    ) WITHOUT ROWID;
+    CREATE INDEX watermarks_age ON watermarks (updated_ns);
+    CREATE INDEX watermarks_erased ON watermarks (user) WHERE as_ = 'erased';
+    """,
 )

@@ -1,0 +1,257 @@
+"""The driver's session as coroutines: prepared statements, bounded requests, one kind of error.
+
+Every statement that goes through here carries its own write timestamp or only reads: repeating it changes nothing, so
+the driver may retry it on another node, and ask a second node where the first is slow to read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+from cassandra import ConsistencyLevel, DriverException, InvalidRequest
+from cassandra.auth import PlainTextAuthProvider
+from cassandra.cluster import EXEC_PROFILE_DEFAULT, Cluster, ExecutionProfile, NoHostAvailable, ResponseFuture, Session
+from cassandra.policies import (
+    ConstantSpeculativeExecutionPolicy,
+    DCAwareRoundRobinPolicy,
+    ExponentialReconnectionPolicy,
+    RoundRobinPolicy,
+    TokenAwarePolicy,
+)
+from cassandra.query import BatchStatement, BatchType, BoundStatement, PreparedStatement, tuple_factory
+
+from tidings.wire.errors import StoreUnavailable
+
+from .express import Express, Group, Write
+from .reactor import LoopConnection, connection_class
+
+__all__ = ["Database", "StatementRefused", "Where"]
+
+_READ: Final = "read"
+"""The execution profile of reads: a second node is asked when the first takes long."""
+
+_SPECULATE_AFTER_S: Final = 0.2
+_PROTOCOL: Final = 4
+"""The newest that ScyllaDB and Cassandra share."""
+
+log = logging.getLogger("tidings.store")
+
+
+class StatementRefused(Exception):
+    """The server will never take this: a value too large, a mutation above its limit."""
+
+
+class Where(NamedTuple):
+    """Where a CQL store is, and how it is asked."""
+
+    hosts: Sequence[str]
+    port: int
+    keyspace: str
+    username: str | None = None
+    password: str | None = None
+    datacenter: str | None = None
+    """The datacenter of these agents; None for the only one."""
+    timeout_s: float = 2.0
+    in_flight: int = 1024
+    """Most requests under way; further ones wait."""
+
+    def __str__(self) -> str:
+        return f"cql://{','.join(self.hosts)}:{self.port}/{self.keyspace}"
+
+
+class _One:
+    """One request, its rows and its future."""
+
+    __slots__ = ("_database", "future")
+
+    def __init__(self, database: Database, future: asyncio.Future[list[Any]]) -> None:
+        self._database = database
+        self.future = future
+
+    def done(self, rows: list[Any] | None) -> None:
+        self._end(rows, None)
+
+    def failed(self, error: Exception) -> None:
+        self._end(None, error)
+
+    def _end(self, rows: list[Any] | None, error: Exception | None) -> None:
+        database = self._database
+        if threading.get_ident() != database.thread:
+            database.loop.call_soon_threadsafe(self._end, rows, error)
+            return
+        database.under_way.release()
+        if self.future.done():
+            return
+        if error is None:
+            self.future.set_result(rows or [])
+        else:
+            self.future.set_exception(error)
+
+
+class Database:
+    """A connected session. Not to be used before `connect` and after `close`."""
+
+    def __init__(self, where: Where) -> None:
+        self.where = where
+        self.loop: asyncio.AbstractEventLoop
+        self.thread = 0
+        self.under_way: asyncio.Semaphore
+        self._cluster: Any = None
+        self._session: Any = None
+        self._express: Express
+
+    # Life
+
+    async def connect(self, keyspace: str | None) -> None:
+        """Connect to the nodes that answer; raises `StoreUnavailable` when none does, or the keyspace is missing."""
+        self.loop = asyncio.get_running_loop()
+        self.thread = threading.get_ident()
+        self.under_way = asyncio.Semaphore(self.where.in_flight)
+        reactor = connection_class(self.loop, self._lost)
+        try:
+            await asyncio.to_thread(self._connect, reactor, keyspace)
+            self._express = Express(self._session, self.where.keyspace)
+        except (DriverException, NoHostAvailable, OSError) as error:
+            await self.close()
+            raise self.failure(error) from error
+
+    def _connect(self, reactor: type, keyspace: str | None) -> None:
+        where = self.where
+        near = DCAwareRoundRobinPolicy(where.datacenter) if where.datacenter else RoundRobinPolicy()
+        common: dict[str, Any] = {
+            "load_balancing_policy": TokenAwarePolicy(near),
+            "consistency_level": ConsistencyLevel.LOCAL_QUORUM,
+            "serial_consistency_level": ConsistencyLevel.LOCAL_SERIAL,
+            "request_timeout": where.timeout_s,
+            "row_factory": tuple_factory,
+        }
+        speculation = ConstantSpeculativeExecutionPolicy(_SPECULATE_AFTER_S, 1)
+        self._cluster = Cluster(
+            list(where.hosts),
+            port=where.port,
+            auth_provider=PlainTextAuthProvider(where.username, where.password or "") if where.username else None,
+            connection_class=reactor,
+            protocol_version=_PROTOCOL,
+            execution_profiles={
+                EXEC_PROFILE_DEFAULT: ExecutionProfile(**common),
+                _READ: ExecutionProfile(**common, speculative_execution_policy=speculation),
+            },
+            reconnection_policy=ExponentialReconnectionPolicy(0.2, 5.0),
+            connect_timeout=max(2.0, where.timeout_s),
+            control_connection_timeout=max(2.0, where.timeout_s),
+            idle_heartbeat_interval=10,
+            compression=False,
+        )
+        self._session = self._cluster.connect(keyspace)
+        self._session.default_fetch_size = None
+
+    def _lost(self, connection: LoopConnection) -> None:
+        """Tell the driver at once: its next request on a lost connection would wait for another, and stop the loop."""
+        for pool in () if self._session is None else tuple(self._session._pools.values()):
+            if connection in pool._connections.values() and not pool.is_shutdown:
+                pool.return_connection(connection, stream_was_orphaned=True)
+
+    async def close(self) -> None:
+        cluster, self._cluster, self._session = self._cluster, None, None
+        if cluster is not None:
+            await asyncio.to_thread(cluster.shutdown)
+
+    def failure(self, error: BaseException) -> StoreUnavailable | StatementRefused:
+        """What one of the driver's errors means."""
+        if isinstance(error, InvalidRequest):
+            return StatementRefused(str(error))
+        if isinstance(error, NoHostAvailable):
+            causes = "; ".join(f"{host}: {cause}" for host, cause in error.errors.items()) or str(error)
+            return StoreUnavailable(f"the store {self.where} does not answer: {causes}")
+        return StoreUnavailable(f"the store {self.where} does not work: {error}")
+
+    @property
+    def session(self) -> Session:
+        if self._session is None:
+            raise StoreUnavailable(f"the store {self.where} is closed")
+        return self._session
+
+    # Statements
+
+    async def prepare(self, statements: Mapping[str, str]) -> dict[str, PreparedStatement]:
+        """Prepare by name; all of them may be repeated."""
+
+        def prepare() -> dict[str, PreparedStatement]:
+            session = self.session
+            return {name: session.prepare(text) for name, text in statements.items()}
+
+        try:
+            prepared = await asyncio.to_thread(prepare)
+        except (DriverException, NoHostAvailable) as error:
+            raise self.failure(error) from error
+        for statement in prepared.values():
+            statement.is_idempotent = True
+        return prepared
+
+    async def read(self, statement: PreparedStatement, *values: object) -> list[Any]:
+        """The rows as tuples."""
+        return await self._run(statement.bind(values), _READ)
+
+    async def write(self, statement: BoundStatement | BatchStatement) -> None:
+        """One statement, or one batch of one partition."""
+        await self._run(statement, EXEC_PROFILE_DEFAULT)
+
+    async def query(self, text: str, *values: object, timeout_s: float | None = None) -> list[Any]:
+        """A statement that is not prepared: the schema's."""
+        await self.under_way.acquire()
+        answer = _One(self, self.loop.create_future())
+        options = {} if timeout_s is None else {"timeout": timeout_s}
+        return await self._sent(answer, lambda: self.session.execute_async(text, values or None, **options))
+
+    async def _run(self, statement: BoundStatement | BatchStatement, profile: object) -> list[Any]:
+        await self.under_way.acquire()
+        answer = _One(self, self.loop.create_future())
+        return await self._sent(answer, lambda: self.session.execute_async(statement, execution_profile=profile))
+
+    async def _sent(self, answer: _One, send: Any) -> list[Any]:
+        try:
+            request: ResponseFuture = send()
+        except BaseException:
+            self.under_way.release()
+            raise
+        request.add_callbacks(answer.done, answer.failed)
+        try:
+            return await answer.future
+        except (DriverException, NoHostAvailable) as error:
+            raise self.failure(error) from error
+
+    async def write_all(self, writes: Sequence[Write]) -> None:
+        """Send all, `Where.in_flight` at a time; returns when all are durable, raises when one is not."""
+        size = self.where.in_flight
+        for at in range(0, len(writes), size):
+            await self._write_some(writes[at : at + size])
+
+    async def _write_some(self, writes: Sequence[Write]) -> None:
+        session = self.session
+        group = Group(len(writes), self.loop.create_future())
+        for write in writes:
+            self._express.send(write, group)
+        try:
+            async with asyncio.timeout(self.where.timeout_s):
+                await group.future
+        except TimeoutError:
+            for pool in tuple(session._pools.values()):
+                for connection in tuple(pool._connections.values()):
+                    connection.give_up(group)
+            missing = f"{group.left} of {len(writes)} writes"
+            raise StoreUnavailable(f"the store {self.where} did not confirm {missing} in time") from None
+        if group.failed:
+            await asyncio.gather(*(self.write(self._express.bound(write)) for write in group.failed))
+
+    @staticmethod
+    def batch(statements: Iterable[BoundStatement]) -> BatchStatement:
+        """Statements of one partition, which the server applies as one."""
+        made = BatchStatement(BatchType.UNLOGGED)
+        made.is_idempotent = True
+        for statement in statements:
+            made.add(statement)
+        return made

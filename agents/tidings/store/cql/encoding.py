@@ -1,0 +1,111 @@
+"""What the columns hold: positions as bytes, cursors as JSON, and the timestamps that order the writes."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Final, NamedTuple
+
+import orjson
+
+from tidings.store.port import Cursor, Delivered, Holder
+from tidings.wire.position import Position
+
+__all__ = [
+    "BEFORE_ALL",
+    "BEHIND_ALL",
+    "DAY_US",
+    "Clock",
+    "DeviceState",
+    "bucket_key",
+    "bucket_of",
+    "delivered_from_text",
+    "delivered_to_text",
+    "first_wins",
+    "pack",
+    "unpack",
+]
+
+DAY_US: Final = 86_400_000_000
+BUCKET_NS: Final = 10 * 86_400 * 1_000_000_000
+_FIRST_WINS_US: Final = 3_000_000_000_000_000
+
+BEFORE_ALL: Final = b""
+BEHIND_ALL: Final = b"\xff" * 15
+"""Above every packed position, and no position itself."""
+
+
+def pack(position: Position) -> bytes:
+    """Fourteen bytes that compare as positions do; raises OverflowError for what is none."""
+    return (position.incarnation << 64 | position.sequence).to_bytes(14, "big")
+
+
+def unpack(packed: bytes) -> Position:
+    return Position(int.from_bytes(packed[:6], "big"), int.from_bytes(packed[6:], "big"))
+
+
+def bucket_of(stored_ns: int) -> int:
+    """The bucket of what JetStream stored then: the same message is always in the same one."""
+    return stored_ns // BUCKET_NS
+
+
+def bucket_key(user: bytes, bucket: bytes) -> bytes:
+    """The key of a bucket's partition as it is hashed: each part has its length before it and a 0 behind."""
+    return b"%b%b\0\0\4%b\0" % (len(user).to_bytes(2, "big"), user, bucket)
+
+
+class Clock:
+    """Unix microseconds that never repeat and never go back, within one process."""
+
+    def __init__(self) -> None:
+        self._last = 0
+
+    def now(self) -> int:
+        self._last = max(time.time_ns() // 1000, self._last + 1)
+        return self._last
+
+
+def first_wins(at_ms: int) -> int:
+    """A write timestamp that is the higher the earlier `at_ms` is: of several writes the earliest stays.
+
+    It lies in the past until 2047, and ScyllaDB refuses timestamps of the future.
+    """
+    return _FIRST_WINS_US - at_ms * 1000
+
+
+def delivered_to_text(delivered: Delivered) -> bytes:
+    return orjson.dumps(tuple(delivered))
+
+
+def delivered_from_text(text: str | None) -> Delivered | None:
+    return None if text is None else Delivered(*orjson.loads(text))
+
+
+class DeviceState(NamedTuple):
+    """The one cell of a device: its cursor, who has it, and the timestamp of this write."""
+
+    cursor: Cursor
+    holder: Holder | None
+    written_us: int
+
+    def dump(self) -> bytes:
+        cursor = self.cursor
+        members: dict[str, Any] = {"floor": tuple(cursor.floor), "written": self.written_us}
+        if self.holder is not None:
+            members["holder"] = tuple(self.holder)
+        if cursor.acked:
+            members["acked"] = [tuple(position) for position in sorted(cursor.acked)]
+        if cursor.attempts:
+            members["attempts"] = [(*position, count) for position, count in cursor.attempts.items()]
+        return orjson.dumps(members)
+
+    @classmethod
+    def load(cls, text: bytes) -> DeviceState:
+        members = orjson.loads(text)
+        acked = frozenset(Position(*pair) for pair in members.get("acked", ()))
+        attempts = {Position(first, second): count for first, second, count in members.get("attempts", ())}
+        holder = members.get("holder")
+        return cls(
+            Cursor(Position(*members["floor"]), acked, attempts),
+            None if holder is None else Holder(*holder),
+            members["written"],
+        )

@@ -1,0 +1,58 @@
+"""The statements, by name. All are idempotent: writes carry their timestamp (see `store`)."""
+
+from __future__ import annotations
+
+from typing import Final
+
+__all__ = ["ARCHIVED", "SEEN", "STATEMENTS", "UNREAD"]
+
+UNREAD: Final = 1
+SEEN: Final = 2
+ARCHIVED: Final = 3
+
+_ROW: Final = "position, stored, body, delivered, type, topic"
+_INBOX: Final = "FROM inbox WHERE user = ? AND bucket = ? AND position"
+_STATE: Final = "FROM inbox_state WHERE user = ? AND kind = "
+
+STATEMENTS: Final = {
+    # The inbox
+    "append": "INSERT INTO inbox (user, bucket, position, id, type, topic, stored, body) "
+    "VALUES (?, ?, ?, ?, ?, ?, ?, ?) USING TTL ? AND TIMESTAMP ?",
+    "list": f"UPDATE inbox_state USING TTL ? AND TIMESTAMP ? SET bucket = ?, buckets = buckets + ? "
+    f"WHERE user = ? AND kind = {UNREAD} AND position = ?",
+    "delivered": "UPDATE inbox USING TTL ? AND TIMESTAMP ? SET delivered = ? "
+    "WHERE user = ? AND bucket = ? AND position = ?",
+    "newest": f"SELECT {_ROW} {_INBOX} > ? AND position < ? LIMIT ?",
+    "oldest": f"SELECT {_ROW} {_INBOX} > ? AND position < ? ORDER BY position ASC LIMIT ?",
+    "these": f"SELECT {_ROW} {_INBOX} IN ?",
+    "count": f"SELECT count(stored) {_INBOX} > ? AND position < ?",
+    # What the user did
+    "head": "SELECT buckets, seen_all, archived_all FROM inbox_state WHERE user = ? LIMIT 1",
+    "marks": f"SELECT kind, position FROM inbox_state WHERE user = ? AND kind IN ({UNREAD}, {SEEN}, {ARCHIVED}) "
+    "AND position >= ? AND position <= ?",
+    "unread": f"SELECT position, bucket, early {_STATE} {UNREAD} AND position > ? AND position < ? LIMIT ?",
+    "unread_oldest": f"SELECT position, bucket, early {_STATE} {UNREAD} AND position > ? AND position < ? "
+    "ORDER BY kind DESC, position ASC LIMIT ?",
+    "archived": f"SELECT position {_STATE} {ARCHIVED} AND position IN ?",
+    "mark": "INSERT INTO inbox_state (user, kind, position) VALUES (?, ?, ?) USING TTL ? AND TIMESTAMP ?",
+    "mark_unread": "INSERT INTO inbox_state (user, kind, position, bucket, early) "
+    f"VALUES (?, {UNREAD}, ?, ?, ?) USING TTL ? AND TIMESTAMP ?",
+    "unlist": f"DELETE FROM inbox_state USING TIMESTAMP ? WHERE user = ? AND kind = {UNREAD} AND position IN ?",
+    "unmark_upto": "DELETE FROM inbox_state USING TIMESTAMP ? WHERE user = ? AND kind = ? AND position <= ?",
+    "seen_all": "UPDATE inbox_state USING TTL ? AND TIMESTAMP ? SET seen_all = seen_all + ? WHERE user = ?",
+    "archived_all": "UPDATE inbox_state USING TTL ? AND TIMESTAMP ? SET archived_all = archived_all + ? WHERE user = ?",
+    "seen_less": "UPDATE inbox_state USING TIMESTAMP ? SET seen_all = seen_all - ? WHERE user = ?",
+    "archived_less": "UPDATE inbox_state USING TIMESTAMP ? SET archived_all = archived_all - ? WHERE user = ?",
+    # Devices
+    "cursor": "SELECT state FROM cursors WHERE user = ? AND device = ?",
+    "cursors": "SELECT user, device, state FROM cursors WHERE user IN ?",
+    "save": "UPDATE cursors USING TTL ? AND TIMESTAMP ? SET state = ? WHERE user = ? AND device = ?",
+    # Erasing
+    "erase_rows": "DELETE FROM inbox USING TIMESTAMP ? WHERE user = ? AND bucket = ? AND position <= ?",
+    "unlist_buckets": "UPDATE inbox_state USING TIMESTAMP ? SET buckets = buckets - ? WHERE user = ?",
+    "erase_watermarks": "DELETE seen_all, archived_all FROM inbox_state USING TIMESTAMP ? WHERE user = ?",
+    "erase_cursors": "DELETE FROM cursors USING TIMESTAMP ? WHERE user = ?",
+    # Health
+    "probe": "UPDATE probe USING TIMESTAMP ? SET at = ? WHERE name = 'check'",
+    "probed": "SELECT at FROM probe WHERE name = 'check'",
+}

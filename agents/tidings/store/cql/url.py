@@ -1,0 +1,50 @@
+"""From ``cql://[user:password@]host[,host…][:port]/keyspace[?datacenter=…&timeout_s=…]`` to a `Where`."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from tidings.wire.errors import BadSettings
+
+from .database import Where
+
+__all__ = ["parse_url"]
+
+_KEYSPACE: Final = re.compile(r"[a-z][a-z0-9_]{0,47}")
+_FORM: Final = "cql://[user:password@]host[,host...][:9042]/keyspace[?datacenter=dc1&timeout_s=2]"
+
+
+def parse_url(url: str) -> Where:
+    """Raises `BadSettings` with what is wrong; a password is never in the message."""
+    parts = urlsplit(url)
+    credentials, _, hosts_text = parts.netloc.rpartition("@")
+    username, _, password = credentials.partition(":")
+    hosts_text, _, port = hosts_text.partition(":")
+    hosts = [host for host in hosts_text.split(",") if host]
+    keyspace = parts.path.removeprefix("/")
+    options = dict(parse_qsl(parts.query, keep_blank_values=True))
+    datacenter, timeout = options.pop("datacenter", None), options.pop("timeout_s", "2")
+    wrong = None
+    if not hosts:
+        wrong = "it names no host"
+    elif not _KEYSPACE.fullmatch(keyspace):
+        wrong = f"its keyspace is {keyspace!r}; use a-z, 0-9 and _, beginning with a letter"
+    elif port and not (port.isdecimal() and 0 < int(port) < 65_536):
+        wrong = f"its port is {port!r}"
+    elif options or parts.fragment:
+        wrong = f"it knows no option {next(iter(options), '#' + parts.fragment)!r}"
+    elif not re.fullmatch(r"\d+(\.\d+)?", timeout) or not 0.05 <= float(timeout) <= 60:
+        wrong = f"its timeout_s is {timeout!r}; use a number from 0.05 to 60"
+    if wrong:
+        raise BadSettings(f"store_url is no CQL address: {wrong}. Write it as {_FORM}")
+    return Where(
+        hosts,
+        int(port or 9042),
+        keyspace,
+        unquote(username) or None,
+        unquote(password) or None,
+        datacenter or None,
+        float(timeout),
+    )
