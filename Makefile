@@ -2,7 +2,7 @@
 # make dev       everything on this machine: NATS, agents, a page (ARGS="--port 9000" for its options)
 # make test      every check, one tox environment each
 # make lint      style and types only
-# make bench     what a device and a notification cost
+# make bench     what a device and a notification cost (make bench-stores: the inbox on each store)
 # make clean     forget all of it, the state folder .tidings excepted
 
 PYTHON ?= python3
@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: install dev test lint bench clean
+.PHONY: install dev test lint bench bench-stores clean
 .DEFAULT_GOAL := install
 
 install: $(VENV)/.installed
@@ -27,9 +27,11 @@ $(VENV)/.tox-installed: $(VENV)/.installed
 dev: install
 	@$(BIN)/tidings dev $(ARGS)
 
-# The page is tested in a real browser.
+# The page is tested in a real browser, the CQL store on a real Apache Cassandra (or on TIDINGS_TEST_CQL=host:port).
 test: $(VENV)/.tox-installed
 	@command -v chromium >/dev/null || infra/apt-install chromium
+	@test -n "$$TIDINGS_TEST_CQL" || { command -v java && command -v mvn; } >/dev/null || \
+		infra/apt-install openjdk-17-jre-headless maven
 	$(BIN)/tox run
 
 lint: $(VENV)/.tox-installed
@@ -37,6 +39,11 @@ lint: $(VENV)/.tox-installed
 
 bench: install
 	$(BIN)/python -m bench $(ARGS)
+
+# The inbox on SQLite and on CQL.
+bench-stores: install
+	$(BIN)/python -m pip install --quiet --editable '.[dev,cql]'
+	$(BIN)/python -m bench.stores $(ARGS)
 
 clean:
 	rm -rf $(VENV) .tox dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
