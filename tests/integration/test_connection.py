@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import random
 
+from support.clock import until
 from support.mesh import Mesh
-from tidings.stream.connection import Connection
+from tidings.stream.connection import Connection, connect
 
 STREAM = (
     b"MSG a.b 1 5\r\nhello\r\n"
@@ -58,3 +59,35 @@ async def test_handlers_survive_a_restart_of_the_server(mesh: Mesh) -> None:
         while not heard.is_set():
             mesh.connection.send("test.again", b"")
             await asyncio.sleep(0.05)
+
+
+async def test_gulps(mesh: Mesh) -> None:
+    """A connection that reads in gulps gets everything, in order, in fewer reads; also while the server restarts."""
+    connection = await connect(mesh.settings, "gulps")
+    seen: list[bytes] = []
+    reads = 0
+    parse = connection._ps.parse
+
+    async def counted(data: bytes = b"") -> None:
+        nonlocal reads
+        reads += 1
+        await parse(data)
+
+    connection._ps.parse = counted
+    await connection.listen("test.gulps", lambda where, reply, header, body: seen.append(body))
+    await connection.flush()
+    connection.gulp_s = 0.05
+    sent = [b"%d" % number for number in range(200)]
+    for body in sent:
+        mesh.connection.send("test.gulps", body)
+        await mesh.connection.flush()
+    await until(lambda: len(seen) == len(sent), "all have come")
+    assert seen == sent
+    assert reads < len(sent) / 2
+    mesh.nats.kill()
+    await mesh.nats.answering()
+    await until(lambda: connection.is_connected and mesh.connection.is_connected, "both are connected again")
+    await connection.flush()
+    mesh.connection.send("test.gulps", b"again")
+    await until(lambda: seen[-1] == b"again", "the message behind the restart has come")
+    await connection.close()

