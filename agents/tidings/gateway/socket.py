@@ -181,7 +181,11 @@ class Socket:
                 heard(other)
         if isinstance(other, str):
             frames.handle = heard
-            other = await self.receive()
+            try:
+                other = await self.receive()
+            finally:
+                # The queue, this socket and whoever handles its frames would hold each other for ever.
+                frames.handle = None
         if other is not None:
             self.dismiss(codes.BAD_FRAME, error("bad_frame", "frames are text, not binary"))
 
