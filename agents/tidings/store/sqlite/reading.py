@@ -154,8 +154,8 @@ def _bounds(user: str, low: Position, high: Position) -> dict[str, Any]:
 
 def _item(row: tuple[Any, ...], marks: Watermarks) -> InboxItem:
     position = Position(row[0], row[1])
+    seen = bool(row[2]) or position <= marks.seen
+    read = bool(row[3]) or (position <= marks.read and not row[5])
     archived = bool(row[4]) or position <= marks.archived
-    read = archived or bool(row[3]) or (position <= marks.read and not row[5])
-    seen = read or bool(row[2]) or position <= marks.seen
     delivered = None if row[8] is None else Delivered(row[8], row[9], row[10])
     return InboxItem(position, seen, read, archived, row[6], row[7], delivered)
