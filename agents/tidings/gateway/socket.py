@@ -159,6 +159,10 @@ class Socket:
             if message.type is WSMsgType.PING:
                 await self._response.pong(message.data)
             elif message.type is not WSMsgType.PONG:
+                # aiohttp keeps what broke the connection, and the tracebacks of that would keep the connection.
+                problem = self._response.exception()
+                while problem is not None:
+                    problem = problem.with_traceback(None).__context__
                 return None
 
     async def serve(self, handle: Callable[[str], None]) -> None:
