@@ -18,16 +18,13 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import count
 from struct import Struct
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol
 
 from cassandra import ConsistencyLevel
 from cassandra.murmur3 import murmur3
 from cassandra.query import BoundStatement, PreparedStatement
 
-if TYPE_CHECKING:
-    from .reactor import LoopConnection
-
-__all__ = ["Express", "Group", "Write", "int4", "int8"]
+__all__ = ["Carrier", "Express", "Group", "Write", "int4", "int8"]
 
 _EXECUTE: Final = 0x0A
 _VALUES_SKIP_METADATA: Final = 0x03
@@ -70,8 +67,20 @@ class Group:
             self.future.set_result(None)
 
 
+class Carrier(Protocol):
+    """A connection of the driver that takes such writes: `reactor.LoopConnection`."""
+
+    is_closed: bool
+
+    def reserve(self, group: Group, write: Write) -> int | None:
+        """A stream id for a write that is about to be pushed; None when there is none."""
+
+    def push(self, data: bytes) -> None:
+        """Send a frame."""
+
+
 class Express:
-    """The sending half; `LoopConnection.received` is the other."""
+    """The sending half; a `Carrier` settles what it reserved."""
 
     def __init__(self, session: Any, keyspace: str) -> None:
         self._session = session
@@ -118,7 +127,7 @@ class Express:
 
     # Where to
 
-    def _route(self, key: bytes) -> LoopConnection | None:
+    def _route(self, key: bytes) -> Carrier | None:
         """A connection to a replica, round and round among them; any open one where none has it."""
         token = murmur3(key)
         for host in self._replicas_for(token):
@@ -133,7 +142,7 @@ class Express:
                     return connection  # type: ignore[no-any-return]
         return None
 
-    def _of_shard(self, pool: Any, token: int) -> LoopConnection | None:
+    def _of_shard(self, pool: Any, token: int) -> Carrier | None:
         sharding = pool.host.sharding_info
         connections = pool._connections
         connection = connections.get(None if sharding is None else sharding.shard_id_from_token(token))
