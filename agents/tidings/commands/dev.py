@@ -69,7 +69,8 @@ def _greeting(mesh: DevMesh, args: argparse.Namespace) -> str:
     publish = shlex.join(
         [*_program(), "publish", "--user", "alice", "--type", "social.like", "--data", '{"text":"hi"}', *to_nats]
     )
-    plain = shlex.join(["nats", "-s", nats, "pub", "--jetstream", "notify.user.alice", _EVENT])
+    header = "Nats-Msg-Id:alice/like-1"
+    plain = shlex.join(["nats", "-s", nats, "pub", "--jetstream", "-H", header, "notify.user.alice", _EVENT])
     lines = [
         "",
         f"  Page       {http}/",

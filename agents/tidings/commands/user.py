@@ -36,7 +36,9 @@ def _first_line(action: Callable[..., object]) -> str:
 
 
 def _run(args: argparse.Namespace) -> int:
-    settings = load(args, nats_url=args.nats, **({} if args.state is None else _of_state(args.state)))
+    # Where both are given, the state folder says where the store is, and --nats where the log is.
+    where = {} if args.state is None else _of_state(args.state)
+    settings = load(args, **{**where, **({} if args.nats is None else {"nats_url": args.nats})})
     action: Callable[[Settings, str], Coroutine[Any, Any, None]] = args.action
     run(action(settings, args.user))
     return 0
