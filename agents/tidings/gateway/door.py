@@ -152,7 +152,7 @@ class Door:
         self._attach(session, socket, since, plan if session.opening is not None else None, unread)
         session.opening = None
         if session.window.size != window:
-            hub.spawn(self._resize(session, window))
+            hub.spawn_for(session, self._resize(session, window))
         return session
 
     async def _open(self, session: Session, window: int, since: Position | None) -> Plan | StreamUnavailable:
@@ -161,6 +161,11 @@ class Door:
         except StreamUnavailable as error:
             self._hub.end(session)
             return error
+        except Exception:
+            # A mistake of ours costs this device its session, not all others theirs.
+            log.exception("session %s could not be opened", session.id)
+            self._hub.end(session)
+            return StreamUnavailable("the gateway made a mistake, which its log describes")
 
     async def _still_ours(self, session: Session) -> bool:
         """Whether no other gateway took the device while this one was cut off or frozen."""
@@ -220,7 +225,7 @@ class Door:
             session.announce_gap(plan.missed, plan.upto)
             session.go_live()
         elif plan.missed:
-            hub.spawn(self._opener.catch_up(session, plan.upto))
+            hub.spawn_for(session, self._opener.catch_up(session, plan.upto))
         else:
             session.go_live()
 
@@ -279,7 +284,7 @@ class _Conversation:
             self._socket.send(frames.error("too_many_requests", message, frame.ref))
         else:
             self._under_way += 1
-            task = self._hub.spawn(self._requests.answer(session, self._socket, frame))
+            task = self._hub.spawn_for(session, self._requests.answer(session, self._socket, frame))
             task.add_done_callback(self._answered)
 
     def _answered(self, task: asyncio.Task[None]) -> None:

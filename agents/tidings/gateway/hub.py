@@ -74,6 +74,8 @@ class Hub:
         self.blind: set[Session] = set()
         self.lingering: deque[tuple[float, Session]] = deque()
         self.heartbeats: deque[Session] = deque()
+        self.claimed: list[Session] = []
+        """Sessions that have claimed their device a moment ago."""
         self.moved: dict[Session, None] = {}
         """Sessions whose cursor is to be written."""
         self.released: dict[tuple[str, str], CursorUpdate] = {}
@@ -114,7 +116,7 @@ class Hub:
             return position.incarnation < session.incarnation
         if position <= self.floors[session.partition]:
             return True
-        if session.state is not SessionState.STARTING and position <= session.window.last:
+        if session.state in (SessionState.LIVE, SessionState.LINGERING) and position <= session.window.last:
             return True
         return position.sequence <= await consumers.last_sequence(self.connection, session.partition)
 
@@ -130,6 +132,18 @@ class Hub:
         self.floors = Floors(topology)
 
     # From NATS
+
+    def spawn_for(self, session: Session, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run a session's own task. A mistake in there ends that session; the gateway has thousands of others."""
+        return self.spawn(self._contained(session, work))
+
+    async def _contained(self, session: Session, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except Exception:
+            log.exception("session %s ends: its task failed", session.id)
+            self.close_socket(session, codes.RESTART, self.bye(2000))
+            self.end(session)
 
     def on_pull_reply(self, where: bytes, reply: bytes, header: bytes | None, body: bytes) -> None:
         """A message of some session's consumer (under its own subject), or the end of a pull (under ours)."""
@@ -170,7 +184,7 @@ class Hub:
         socket = session.socket
         if socket is not None and not socket.stalled:
             socket.stalled = True
-            self.spawn(self._wait_for_reader(session, socket))
+            self.spawn_for(session, self._wait_for_reader(session, socket))
 
     async def _wait_for_reader(self, session: Session, socket: Socket) -> None:
         if await socket.drained(self.settings.write_stall_s):
@@ -182,7 +196,8 @@ class Hub:
     def make_blind(self, session: Session) -> None:
         """The device's cursor is not known, or what lies behind it cannot be read: write nothing of it."""
         session.blind = True
-        self.blind.add(session)
+        if not session.has_ended():
+            self.blind.add(session)
         self.moved.pop(session, None)
 
     def delivered(self, session: Session, entry: Entry) -> None:
@@ -219,7 +234,7 @@ class Hub:
             session.burying = set()
         if text not in session.burying:
             session.burying.add(text)
-            self.spawn(self._bury(session, text, entry))
+            self.spawn_for(session, self._bury(session, text, entry))
 
     async def _bury(self, session: Session, text: str, entry: Entry) -> None:
         try:

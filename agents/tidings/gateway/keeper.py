@@ -38,8 +38,15 @@ class Keeper:
     # Cursors
 
     async def write_cursors(self) -> None:
+        claimed: list[Session] = []
         while True:
             await asyncio.sleep(self._hub.settings.cursor_flush_s)
+            # Two gateways that claimed a device in the same moment may both have it: a write tells the older one, also
+            # where nothing is delivered.
+            for session in claimed:
+                if not session.has_ended():
+                    self._hub.cursor_moved(session)
+            claimed, self._hub.claimed = self._hub.claimed, []
             await self.flush()
             if self._hub.blind:
                 await self._end_blindness()

@@ -115,6 +115,8 @@ class Opener:
         if claimed.lost:
             log.info("session %s was replaced while it was opened", session.id)
             hub.replaced(session)
+        if session.has_ended():
+            return Plan(0, floor)
         if claimed.first:
             now = await consumers.last_sequence(hub.connection, session.partition)
             cursor = Cursor(max(floor, Position(session.incarnation, now)))
@@ -129,6 +131,7 @@ class Opener:
             self._make_consumer(session, max(cursor.floor, floor).sequence + 1),
             self._count_missed(session, cursor.floor, floor),
         )
+        hub.claimed.append(session)
         return Plan(missed if real else None, floor)
 
     async def _start_blind(self, session: Session, window: int, since: Position | None) -> Plan:

@@ -119,19 +119,21 @@ class Socket:
 
     def send(self, payload: bytes) -> None:
         """Write one text frame (RFC 6455, section 5.2; a server does not mask). Lost when the socket is gone."""
-        size = len(payload)
-        if self._transport is None or self._closing:
+        transport = self._transport
+        # uvloop's transports raise once they are closed, where asyncio's say nothing.
+        if transport is None or self._closing or transport.is_closing():
             return
+        size = len(payload)
         if size < _SMALL:
             head = bytes((0x81, size))
         elif size < _MEDIUM:
             head = struct.pack("!BBH", 0x81, 126, size)
         else:
             head = struct.pack("!BBQ", 0x81, 127, size)
-        self._transport.write(head + payload)
+        transport.write(head + payload)
 
     def ping(self) -> None:
-        if self._transport is not None and not self._closing:
+        if self._transport is not None and self.open:
             self.pinged = True
             self._transport.write(_PING)
 
