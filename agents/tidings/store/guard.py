@@ -81,11 +81,12 @@ class GuardedStore:
 
     def _failed(self) -> None:
         self._failures += 1
-        if self._failures >= _FAILURES:
-            delay = self._backoff.next()
-            self._closed_until = asyncio.get_running_loop().time() + delay
-            if self._failures == _FAILURES:
-                log.warning("the store fails: what needs it is refused until it answers")
+        now = asyncio.get_running_loop().time()
+        if self._failures == _FAILURES:
+            log.warning("the store fails: what needs it is refused until it answers")
+        # However many fail together, it is one failure of the store.
+        if self._failures >= _FAILURES and now >= self._closed_until:
+            self._closed_until = now + self._backoff.next()
 
     def _worked(self) -> None:
         if self._failures >= _FAILURES:

@@ -12,9 +12,10 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
-from cassandra import ConsistencyLevel, DriverException, InvalidRequest
+from cassandra import ConsistencyLevel, DriverException, RequestValidationException
 from cassandra.auth import PlainTextAuthProvider
 from cassandra.cluster import EXEC_PROFILE_DEFAULT, Cluster, ExecutionProfile, NoHostAvailable, ResponseFuture, Session
+from cassandra.connection import ConnectionException
 from cassandra.policies import (
     ConstantSpeculativeExecutionPolicy,
     DCAwareRoundRobinPolicy,
@@ -22,6 +23,8 @@ from cassandra.policies import (
     RoundRobinPolicy,
     TokenAwarePolicy,
 )
+from cassandra.protocol import ErrorMessage
+from cassandra.protocol import RequestValidationException as ValidationMessage
 from cassandra.query import BatchStatement, BatchType, BoundStatement, PreparedStatement, tuple_factory
 
 from tidings.wire.errors import StoreUnavailable
@@ -37,6 +40,9 @@ _READ: Final = "read"
 _SPECULATE_AFTER_S: Final = 0.2
 _PROTOCOL: Final = 4
 """The newest that ScyllaDB and Cassandra share."""
+
+_ERRORS: Final = (DriverException, NoHostAvailable, ErrorMessage, ConnectionException, OSError)
+"""All that the driver raises of a request; it has no common base for them."""
 
 log = logging.getLogger("tidings.store")
 
@@ -115,7 +121,7 @@ class Database:
         try:
             await asyncio.to_thread(self._connect, reactor, keyspace)
             self._express = Express(self._session, self.where.keyspace)
-        except (DriverException, NoHostAvailable, OSError) as error:
+        except _ERRORS as error:
             await self.close()
             raise self.failure(error) from error
 
@@ -162,10 +168,12 @@ class Database:
 
     def failure(self, error: BaseException) -> StoreUnavailable | StatementRefused:
         """What one of the driver's errors means."""
-        if isinstance(error, InvalidRequest):
+        if isinstance(error, RequestValidationException | ValidationMessage):
             return StatementRefused(str(error))
         if isinstance(error, NoHostAvailable):
-            causes = "; ".join(f"{host}: {cause}" for host, cause in error.errors.items()) or str(error)
+            # The driver puts a mapping there, or a list of addresses.
+            by_host = error.errors if isinstance(error.errors, Mapping) else {}
+            causes = "; ".join(f"{host}: {cause}" for host, cause in by_host.items()) or str(error)
             return StoreUnavailable(f"the store {self.where} does not answer: {causes}")
         return StoreUnavailable(f"the store {self.where} does not work: {error}")
 
@@ -186,7 +194,7 @@ class Database:
 
         try:
             prepared = await asyncio.to_thread(prepare)
-        except (DriverException, NoHostAvailable) as error:
+        except _ERRORS as error:
             raise self.failure(error) from error
         for statement in prepared.values():
             statement.is_idempotent = True
@@ -212,8 +220,18 @@ class Database:
         answer = _One(self, self.loop.create_future())
         return await self._sent(answer, lambda: self.session.execute_async(statement, execution_profile=profile))
 
+    def _check_room(self) -> None:
+        """Raise where the driver would wait for a free stream id, in the event loop's thread."""
+        for pool in tuple(self.session._pools.values()):
+            connections = tuple(pool._connections.values())
+            if not pool.is_shutdown and all(
+                one.is_closed or one.in_flight >= one.max_request_id for one in connections
+            ):
+                raise StoreUnavailable(f"the store {self.where} does not answer: {pool.host} has all its places taken")
+
     async def _sent(self, answer: _One, send: Any) -> list[Any]:
         try:
+            self._check_room()
             request: ResponseFuture = send()
         except BaseException:
             self.under_way.release()
@@ -221,7 +239,7 @@ class Database:
         request.add_callbacks(answer.done, answer.failed)
         try:
             return await answer.future
-        except (DriverException, NoHostAvailable) as error:
+        except _ERRORS as error:
             raise self.failure(error) from error
 
     async def write_all(self, writes: Sequence[Write]) -> None:

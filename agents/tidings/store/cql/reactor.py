@@ -125,14 +125,13 @@ class LoopConnection(Connection):  # type: ignore[misc]  # the driver is not typ
         if self._inbox:
             data = self._inbox + data
         at, end = 0, len(data)
-        express = self._express
-        while end - at >= 9:
+        while end - at >= 9 and not self.is_closed:
             _, _, stream, opcode, size = _HEADER.unpack_from(data, at)
             behind = at + 9 + size
             if behind > end:
                 break
-            if stream in express:
-                entry = express.pop(stream)
+            if stream in self._express:
+                entry = self._express.pop(stream)
                 with self.lock:
                     self.in_flight -= 1
                     self.request_ids.append(stream)

@@ -21,6 +21,7 @@ __all__ = ["Migration", "apply", "migrations", "parse_replication", "pending", "
 
 _LOCK_S: Final = 60
 _DDL_TIMEOUT_S: Final = 30.0
+_SETTLE_S: Final = 10.0
 _NAME: Final = re.compile(r"(\d{4})_[a-z0-9_]+\.cql")
 _WORD: Final = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,47}")
 
@@ -120,8 +121,8 @@ async def apply(where: Where, replication: str, *, development: bool = False) ->
         if not await _exists(database, keyspace):
             replicas = parse_replication(replication, development=development)
             await _change(database, f"CREATE KEYSPACE IF NOT EXISTS {keyspace} WITH replication = {replicas}")
-        await _change(database, f"USE {keyspace}")
-        await _change(database, _LOCK_TABLE)
+        await _when_known(database, f"USE {keyspace}")
+        await _when_known(database, _LOCK_TABLE)
         owner = secrets.token_hex(8)
         await _lock(database, keyspace, owner)
         try:
@@ -152,6 +153,19 @@ async def _change(database: Database, statement: str) -> None:
         await database.query(statement, timeout_s=_DDL_TIMEOUT_S)
     except StatementRefused as error:
         raise StoreUnavailable(f"the store {database.where} refuses its schema: {error}") from error
+
+
+async def _when_known(database: Database, statement: str) -> None:
+    """A keyspace that somebody else is making is in the server's tables a moment before it can be used."""
+    deadline = database.loop.time() + _SETTLE_S
+    while True:
+        try:
+            await database.query(statement, timeout_s=_DDL_TIMEOUT_S)
+            return
+        except StatementRefused as error:
+            if database.loop.time() > deadline:
+                raise StoreUnavailable(f"the store {database.where} refuses its schema: {error}") from error
+        await asyncio.sleep(0.1)
 
 
 async def _lock(database: Database, keyspace: str, owner: str) -> None:

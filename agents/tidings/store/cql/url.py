@@ -18,7 +18,10 @@ _FORM: Final = "cql://[user:password@]host[,host...][:9042]/keyspace[?datacenter
 
 def parse_url(url: str) -> Where:
     """Raises `BadSettings` with what is wrong; a password is never in the message."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise BadSettings(f"store_url is no CQL address: it cannot be read. Write it as {_FORM}") from error
     credentials, _, hosts_text = parts.netloc.rpartition("@")
     username, _, password = credentials.partition(":")
     hosts_text, _, port = hosts_text.partition(":")
@@ -30,13 +33,13 @@ def parse_url(url: str) -> Where:
     if not hosts:
         wrong = "it names no host"
     elif not _KEYSPACE.fullmatch(keyspace):
-        wrong = f"its keyspace is {keyspace!r}; use a-z, 0-9 and _, beginning with a letter"
+        wrong = f"its keyspace is {_shown(keyspace)}; use a-z, 0-9 and _, beginning with a letter"
     elif port and not (port.isdecimal() and 0 < int(port) < 65_536):
-        wrong = f"its port is {port!r}"
+        wrong = "its port is no number from 1 to 65535"
     elif options or parts.fragment:
-        wrong = f"it knows no option {next(iter(options), '#' + parts.fragment)!r}"
+        wrong = f"it knows no option {_shown(next(iter(options), '#' + parts.fragment))}"
     elif not re.fullmatch(r"\d+(\.\d+)?", timeout) or not 0.05 <= float(timeout) <= 60:
-        wrong = f"its timeout_s is {timeout!r}; use a number from 0.05 to 60"
+        wrong = f"its timeout_s is {_shown(timeout)}; use a number from 0.05 to 60"
     if wrong:
         raise BadSettings(f"store_url is no CQL address: {wrong}. Write it as {_FORM}")
     return Where(
@@ -48,3 +51,8 @@ def parse_url(url: str) -> Where:
         datacenter or None,
         float(timeout),
     )
+
+
+def _shown(part: str) -> str:
+    """A part for a message, unless it may be a piece of a password that was not written with %40, %2F and so on."""
+    return "not readable, write @ as %40 and / as %2F" if "@" in part else repr(part)
