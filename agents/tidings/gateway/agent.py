@@ -161,7 +161,7 @@ class Gateway(Service):
         assert self._door is not None
         assert self._keeper is not None
         hub, settings = self.hub, self._settings
-        self._door.open = False
+        self._door.shut()
         sessions = [session for session in hub.by_id.values() if session.socket is not None]
         pause = 0.05
         slice_size = max(1, int(len(sessions) * pause / settings.drain_s) + 1) if settings.drain_s else len(sessions)
@@ -183,6 +183,8 @@ class Gateway(Service):
 
     async def _stop(self) -> None:
         if self._hub is not None and self._keeper is not None:
+            if self._door is not None:
+                self._door.shut()
             for session in list(self._hub.by_id.values()):
                 self._hub.close_socket(session, codes.RESTART, self._hub.bye(1000))
                 self._hub.end(session)

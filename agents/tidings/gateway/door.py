@@ -49,14 +49,18 @@ class Door:
         self._requests = Requests(hub)
         self.open = True
         """Cleared when the gateway drains."""
+        self._entering: set[Socket] = set()
+        """Connections that have no session yet."""
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """One connection, from handshake to close."""
         settings = self._hub.settings
         socket = Socket(settings.frame_max_bytes, settings.write_buffer_bytes)
         response = await socket.accept(request)
+        self._entering.add(socket)
         try:
             session = await self._enter(socket, request.headers.get("Authorization"))
+            self._entering.discard(socket)
             if session is not None:
                 try:
                     await _Conversation(self._hub, self._requests, session, socket).run()
@@ -71,8 +75,15 @@ class Door:
                 farewell = self._hub.bye(_RETRY_SPREAD_MS)
             socket.dismiss(refused.close, farewell)
         finally:
+            self._entering.discard(socket)
             await socket.gone()
         return response
+
+    def shut(self) -> None:
+        """Let nobody in any more; who stands in the door is sent elsewhere."""
+        self.open = False
+        for socket in list(self._entering):
+            socket.dismiss(codes.RESTART)
 
     async def _enter(self, socket: Socket, authorization: str | None) -> Session | None:
         """Hello, identity, session. None when the connection ended or was taken over on the way."""

@@ -92,6 +92,7 @@ class GuardedStore:
         if self._failures >= _FAILURES:
             log.warning("the store answers again")
         self._failures = 0
+        self._closed_until = 0.0
         self._backoff.reset()
 
     async def _observed(self, work: Coroutine[Any, Any, Result]) -> Result:

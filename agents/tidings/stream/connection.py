@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any, Final
 
 import nats.errors
@@ -27,6 +27,8 @@ __all__ = ["ApiError", "Connection", "Handler", "Subscription", "connect"]
 
 Handler = Callable[[bytes, bytes, bytes | None, bytes], None]
 """Called with subject, reply subject (empty for none), raw headers (None for none) and payload."""
+
+_NEARLY_S: Final = 0.5
 
 MAX_UNSENT_BYTES: Final = 64 * 1024 * 1024
 """A server that reads so slowly is as good as gone: the connection is made anew."""
@@ -177,6 +179,12 @@ class Connection(Client):
         else:
             self.hand_over(handler, subject, reply, headers, data)
 
+    async def _process_pong(self) -> None:
+        # Whoever flushed may have given up; nats-py would set its future all the same, and read no more.
+        if self._pongs and self._pongs[0].done():
+            self._pongs[0] = asyncio.get_running_loop().create_future()
+        await super()._process_pong()
+
     async def finish(self, timeout_s: float = 1.0) -> None:
         """Send what is queued, if the server is there, and close."""
         try:
@@ -221,6 +229,21 @@ class Connection(Client):
         return answer
 
 
+async def _undivided(connecting: Coroutine[Any, Any, None]) -> None:
+    """Connect. Who is cancelled meanwhile waits for the end of it, if that is near.
+
+    asyncio loses a socket whose connecting is cancelled in the turn in which it succeeds, and nats-py its tasks.
+    """
+    work = asyncio.ensure_future(connecting)
+    try:
+        await asyncio.shield(work)
+    except asyncio.CancelledError:
+        await asyncio.wait({work}, timeout=_NEARLY_S)
+        work.cancel()
+        await asyncio.wait({work})
+        raise
+
+
 async def connect(
     settings: Settings,
     name: str,
@@ -242,16 +265,18 @@ async def connect(
         options["user_credentials"] = settings.nats_credentials
     try:
         async with asyncio.timeout(settings.request_timeout_s):
-            await connection.connect(
-                settings.nats_url.split(","),
-                name=name,
-                max_reconnect_attempts=-1,
-                ping_interval=10,
-                max_outstanding_pings=2,
-                error_cb=problem,
-                disconnected_cb=lost,
-                reconnected_cb=found,
-                **options,
+            await _undivided(
+                connection.connect(
+                    settings.nats_url.split(","),
+                    name=name,
+                    max_reconnect_attempts=-1,
+                    ping_interval=10,
+                    max_outstanding_pings=2,
+                    error_cb=problem,
+                    disconnected_cb=lost,
+                    reconnected_cb=found,
+                    **options,
+                )
             )
     except (nats.errors.Error, OSError, TimeoutError) as error:
         await connection.close()
@@ -260,4 +285,8 @@ async def connect(
             f"no connection to NATS at {settings.nats_url}: {str(reason) or type(reason).__name__}. "
             "Is nats-server running there, and are the credentials right?"
         ) from None
+    except BaseException:
+        # Whoever waited for it waits no more: it would stay open with nobody to close it.
+        await asyncio.shield(connection.close())
+        raise
     return connection

@@ -224,8 +224,10 @@ class Database:
         """Raise where the driver would wait for a free stream id, in the event loop's thread."""
         for pool in tuple(self.session._pools.values()):
             connections = tuple(pool._connections.values())
-            if not pool.is_shutdown and all(
-                one.is_closed or one.in_flight >= one.max_request_id for one in connections
+            if (
+                connections
+                and not pool.is_shutdown
+                and all(one.is_closed or one.in_flight >= one.max_request_id for one in connections)
             ):
                 raise StoreUnavailable(f"the store {self.where} does not answer: {pool.host} has all its places taken")
 

@@ -36,6 +36,8 @@ BEHIND_ALL: Final = b"\xff" * 15
 
 def pack(position: Position) -> bytes:
     """Fourteen bytes that compare as positions do; raises OverflowError for what is none."""
+    if position.sequence >> 64:
+        raise OverflowError(f"{position.sequence} is no sequence of a stream")
     return (position.incarnation << 64 | position.sequence).to_bytes(14, "big")
 
 
@@ -67,7 +69,7 @@ class Clock:
 def first_wins(at_ms: int) -> int:
     """A write timestamp that is the higher the earlier `at_ms` is: of several writes the earliest stays.
 
-    It lies in the past until 2047, and ScyllaDB refuses timestamps of the future.
+    It lies in the past (ScyllaDB refuses timestamps of the future), and above 0 until 2065.
     """
     return _FIRST_WINS_US - at_ms * 1000
 

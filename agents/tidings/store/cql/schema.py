@@ -89,7 +89,11 @@ async def _version(database: Database, keyspace: str) -> int:
     )
     if not known:
         return 0
-    found = await database.query(f"SELECT version FROM {keyspace}.schema_versions WHERE name = 'tidings'")
+    try:
+        found = await database.query(f"SELECT version FROM {keyspace}.schema_versions WHERE name = 'tidings'")
+    except StatementRefused:
+        # Somebody else is making it: the node lists a table a moment before it knows it.
+        return 0
     return max((row[0] for row in found), default=0)
 
 

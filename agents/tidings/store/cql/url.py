@@ -20,8 +20,8 @@ def parse_url(url: str) -> Where:
     """Raises `BadSettings` with what is wrong; a password is never in the message."""
     try:
         parts = urlsplit(url)
-    except ValueError as error:
-        raise BadSettings(f"store_url is no CQL address: it cannot be read. Write it as {_FORM}") from error
+    except ValueError:
+        raise BadSettings(f"store_url is no CQL address: it cannot be read. Write it as {_FORM}") from None
     credentials, _, hosts_text = parts.netloc.rpartition("@")
     username, _, password = credentials.partition(":")
     hosts_text, _, port = hosts_text.partition(":")
@@ -30,16 +30,18 @@ def parse_url(url: str) -> Where:
     options = dict(parse_qsl(parts.query, keep_blank_values=True))
     datacenter, timeout = options.pop("datacenter", None), options.pop("timeout_s", "2")
     wrong = None
-    if not hosts:
+    if "@" in parts.path + parts.query + parts.fragment:
+        wrong = "in a user and a password / is %2F, ? is %3F, # is %23 and @ is %40"
+    elif not hosts:
         wrong = "it names no host"
     elif not _KEYSPACE.fullmatch(keyspace):
-        wrong = f"its keyspace is {_shown(keyspace)}; use a-z, 0-9 and _, beginning with a letter"
+        wrong = f"its keyspace is {keyspace!r}; use a-z, 0-9 and _, beginning with a letter"
     elif port and not (port.isdecimal() and 0 < int(port) < 65_536):
         wrong = "its port is no number from 1 to 65535"
     elif options or parts.fragment:
-        wrong = f"it knows no option {_shown(next(iter(options), '#' + parts.fragment))}"
+        wrong = f"it knows no option {next(iter(options), '#' + parts.fragment)!r}"
     elif not re.fullmatch(r"\d+(\.\d+)?", timeout) or not 0.05 <= float(timeout) <= 60:
-        wrong = f"its timeout_s is {_shown(timeout)}; use a number from 0.05 to 60"
+        wrong = f"its timeout_s is {timeout!r}; use a number from 0.05 to 60"
     if wrong:
         raise BadSettings(f"store_url is no CQL address: {wrong}. Write it as {_FORM}")
     return Where(
@@ -51,8 +53,3 @@ def parse_url(url: str) -> Where:
         datacenter or None,
         float(timeout),
     )
-
-
-def _shown(part: str) -> str:
-    """A part for a message, unless it may be a piece of a password that was not written with %40, %2F and so on."""
-    return "not readable, write @ as %40 and / as %2F" if "@" in part else repr(part)
