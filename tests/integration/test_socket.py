@@ -64,7 +64,8 @@ async def server() -> AsyncIterator[Server]:
 
 @pytest.fixture
 async def client(server: Server) -> AsyncIterator[ClientConnection]:
-    async with connect(server.url, subprotocols=[SUBPROTOCOL], compression=None, max_size=None, close_timeout=1) as client:
+    options = {"compression": None, "max_size": None, "close_timeout": 1}
+    async with connect(server.url, subprotocols=[SUBPROTOCOL], **options) as client:
         await client.send("hello")
         await until(lambda: server.heard, "the hello has come")
         yield client
