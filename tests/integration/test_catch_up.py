@@ -36,7 +36,9 @@ EXHAUSTED = {
     "left and back while the inbox lags": (Scene(1, published=1, batch=1, **_BACK), 1_000_000),
     "past the cap": (Scene(2, published=2, stored=2, heard=2, agents=0, cap=1, writes=1, **_BACK), 1_000),
     "past the cap while the inbox lags": (Scene(2, published=2, stored=1, cap=1, acks=True), 1_000_000),
-    "a new device": (Scene(1, known=False, announcements=0), 1_000_000),
+    "a new device": (Scene(1, known=False, announcements=0), 100_000),
+    "an old floor is heard last": (Scene(1, published=1, announcements=2, trims=1), 1_000_000),
+    "the store fails": (Scene(2, published=2, stored=1, heard=1, agents=0, outages=1, acks=True), 500),
     "rows expire": (Scene(2, published=2, stored=2, heard=1, expiries=1, trims=1), 10_000),
 }
 """Small scenes, and the least number of orders of steps that each of them has."""

@@ -726,8 +726,8 @@ class World:
                     options["device notes the gap"] = self._note
             if self._left("leaves"):
                 options["device leaves"] = self._using("leaves", self._leave)
-            if self.draining and epoch.session.blind:
-                options["device is sent away"] = self._leave
+            if epoch.session.blind and not self._left("outages"):
+                options["device is sent away"] = self._send_away
         idle = self._flushing is None or self._flushing.done()
         if idle and self._left("writes") and (self.hub.moved or self.hub.released):
             options["cursors are written"] = self._using("writes", self._flush)
@@ -765,6 +765,11 @@ class World:
         epoch.open = False
         self._saw(self.gateway, "left")
         self.hub.detach(epoch.session, epoch, linger=False)  # type: ignore[arg-type]
+
+    def _send_away(self) -> None:
+        """The store is back: a session that began without it begins anew."""
+        self.used["connect"] -= 1
+        self._leave()
 
     def _flush(self) -> None:
         self._saw(self.gateway, "flush")
