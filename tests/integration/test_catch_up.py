@@ -256,3 +256,26 @@ async def test_durable_handed_over_while_a_device_is_away(mesh: Mesh) -> None:
     assert alice.ids == mesh.ledger.accepted["alice"]
     await mesh.floors_announced()
     await mesh.ledger.check_store(mesh.store)
+
+
+async def test_a_floor_older_than_the_log(mesh: Mesh) -> None:
+    """Where the stream has forgotten what lies above the floor that a gateway knows, the inbox has it."""
+    gateway, inbox = await mesh.gateway(linger_s=0), await mesh.inbox()
+    alice = await mesh.online(gateway, "alice")
+    await alice.expect(*await mesh.publish("alice"))
+    await alice.leave()
+    await mesh.floors_announced()
+    await inbox.stop()
+    heard: list[bytes] = []
+    await mesh.connection.listen(subject.INBOX_FLOOR, lambda where, reply, header, body: heard.append(body))
+    await mesh.connection.flush()
+    await mesh.inbox(floor_interval_s=60)
+    await until(lambda: heard, "the only announcement has come")
+    missed = await mesh.publish("alice", 10)
+    await mesh.stored("alice", *missed)
+    await mesh.connection.api(f"STREAM.PURGE.NOTIFY_{subject.partition('alice', PARTITIONS)}")
+    await alice.connect()
+    live = await mesh.publish("alice")
+    await alice.expect(*missed, *live)
+    mesh.ledger.check_device("alice", "phone", alice.ids, most_copies=1)
+    assert alice.ids == mesh.ledger.accepted["alice"]

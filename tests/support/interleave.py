@@ -493,7 +493,7 @@ class World:
         user = config["filter_subject"].rpartition(".")[2]
         start = max(log.first, min(config.get("opt_start_seq", 1), log.last + 1))
         log.consumers[config["durable_name"]] = Consumer(user, start, config["max_ack_pending"], self.epochs[-1])
-        return {}
+        return {"delivered": {"stream_seq": start - 1}}
 
     def _consumer_info(self, request: str, body: Any) -> dict[str, Any]:
         return {"ack_floor": {"stream_seq": self.log.ack_floor}, "delivered": {"stream_seq": self.log.durable_next - 1}}

@@ -22,9 +22,9 @@ from datetime import UTC, datetime, timedelta
 
 import orjson
 
-from tidings.store.port import Claimed, Cursor, Holder
+from tidings.store.port import Claimed, Cursor, CursorUpdate, Holder
 from tidings.stream import consumers
-from tidings.wire import frames, subject
+from tidings.wire import codes, frames, subject
 from tidings.wire.errors import BadPosition, StoreUnavailable, StreamUnavailable
 from tidings.wire.position import Position
 
@@ -106,12 +106,14 @@ class Opener:
         """Bring a new session up to its consumer. Raises `StreamUnavailable` when that cannot be."""
         hub = self._hub
         floor = hub.floors[session.partition]
+        # Before the claim: the write of this cursor may be refused while the claim is answered, and forgotten then.
+        ended = hub.released.get((session.user, session.device))
         try:
             claimed = await hub.store.claim(session.user, session.device, Holder(hub.gateway, session.id), floor)
         except StoreUnavailable as error:
             log.warning("session %s starts without its cursor: %s", session.id, error)
             return await self._start_blind(session, window, since)
-        cursor = await self._newest(session, claimed)
+        cursor = await self._newest(session, claimed, ended)
         if claimed.lost:
             log.info("session %s was replaced while it was opened", session.id)
             hub.replaced(session)
@@ -127,10 +129,15 @@ class Opener:
             log.warning("the cursor of session %s is ahead of its stream: was it restored or recreated?", session.id)
             cursor = Cursor(floor)
         session.window = Window(cursor, window)
-        _, missed = await asyncio.gather(
-            self._make_consumer(session, max(cursor.floor, floor).sequence + 1),
+        start = max(cursor.floor, floor).sequence + 1
+        begins_behind, missed = await asyncio.gather(
+            self._make_consumer(session, start),
             self._count_missed(session, cursor.floor, floor),
         )
+        if begins_behind >= start:
+            # The floor was heard long ago: the stream has forgotten what lies above it, and the store has it.
+            floor = Position(session.incarnation, begins_behind)
+            missed = await self._count_missed(session, cursor.floor, floor)
         hub.claimed.append(session)
         return Plan(missed if real else None, floor)
 
@@ -146,14 +153,16 @@ class Opener:
             await self._make_consumer(session, None)
         return Plan(None, beginning)
 
-    async def _newest(self, session: Session, claimed: Claimed) -> Cursor:
+    async def _newest(self, session: Session, claimed: Claimed, ended: CursorUpdate | None) -> Cursor:
         """The device's cursor: from the gateway that had it a moment ago, else from the store."""
         hub, previous = self._hub, claimed.previous
         if previous is None:
             return claimed.cursor
         if previous.gateway == hub.gateway:
-            ended = hub.released.pop((session.user, session.device), None)
-            return claimed.cursor if ended is None else ended.cursor
+            ended = hub.released.pop((session.user, session.device), ended)
+            if ended is not None and ended.holder == previous and ended.cursor.floor >= claimed.cursor.floor:
+                return ended.cursor
+            return claimed.cursor
         request = {"user": session.user, "device": session.device, "session": previous.session}
         try:
             answer = await hub.connection.ask(
@@ -179,14 +188,14 @@ class Opener:
             self._hub.make_blind(session)
             return None
 
-    async def _make_consumer(self, session: Session, start: int | None) -> None:
-        """From a sequence, or (None) from as far back as the overlap reaches."""
+    async def _make_consumer(self, session: Session, start: int | None) -> int:
+        """From a sequence, or (None) from as far back as the overlap reaches; returns behind which it begins."""
         settings, name = self._hub.settings, f"{session.id}-{new_id(4)}"
         session.start_at = start or 0
         async with self._starts:
             if session.has_ended():
-                return
-            node = await consumers.create_session(
+                return 0
+            node, begins_behind = await consumers.create_session(
                 self._hub.connection,
                 session.partition,
                 name,
@@ -201,6 +210,7 @@ class Opener:
             consumers.delete(self._hub.connection, session.stream, name)
         else:
             self._hub.adopt_consumer(session, name, node)
+        return begins_behind
 
     async def remake_consumer(self, session: Session) -> None:
         """Another consumer for a session that lost its own, from the first message that JetStream owes it."""
@@ -211,8 +221,14 @@ class Opener:
         # A blind session that has seen nothing began at a time, not at a sequence.
         timed = session.blind and start <= 1
         consumers.delete(self._hub.connection, session.stream, session.consumer)
-        await self._make_consumer(session, None if timed else start)
-        if not session.has_ended():
+        begins_behind = await self._make_consumer(session, None if timed else start)
+        if session.has_ended():
+            return
+        if not timed and begins_behind >= start:
+            # The stream has forgotten what this session was owed: a new one gets it out of the inbox.
+            self._hub.close_socket(session, codes.RESTART, self._hub.bye(2000))
+            self._hub.end(session)
+        else:
             session.pull()
 
     async def catch_up(self, session: Session, upto: Position) -> None:
@@ -232,6 +248,8 @@ class Opener:
                 if session.socket is not None:
                     session.socket.send(frames.gap(None, None))
                 break
+            if session.has_ended():
+                return
             for row in rows:
                 session.replay(row.position, row.body, row.stored_ns)
                 after = row.position

@@ -182,6 +182,8 @@ class Session:
             return
         batch = self.window.size if not self.unstored else self.window.room
         if batch <= 0:
+            # Nothing is asked for: the next acknowledgement asks.
+            self._pull_left = 0
             return
         self._pulls += 1
         self._pull_left = batch

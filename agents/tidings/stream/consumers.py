@@ -79,8 +79,12 @@ async def create_session(
     window: int,
     ack_wait_s: float,
     idle_s: float,
-) -> str:
-    """Make a session's consumer from a sequence (or, without one, a time); returns its node, "" on a lone server."""
+) -> tuple[str, int]:
+    """Make a session's consumer from a sequence (or, without one, a time).
+
+    Returns its node ("" on a lone server), and the sequence behind which it really begins: later than asked for where
+    the stream has forgotten what lies between, of which the server says no other word.
+    """
     stream, where = notify_stream(partition), subject.part_user(token, partition)
     config: dict[str, Any] = {
         "durable_name": name,
@@ -101,7 +105,7 @@ async def create_session(
     answer = await connection.api(
         f"CONSUMER.CREATE.{stream}.{name}.{where}", {"stream_name": stream, "config": config, "action": "create"}
     )
-    return _leader(answer)
+    return _leader(answer), answer["delivered"]["stream_seq"]
 
 
 async def resize(connection: Connection, partition: int, name: str, window: int) -> None:
