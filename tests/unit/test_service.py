@@ -352,6 +352,26 @@ async def test_cancelled_twice_while_starting(probe: Probe) -> None:
     probe.check_down()
 
 
+async def test_clean_up_of_a_start_is_not_interrupted(probe: Probe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many give a start up, `_start` hears of it once, and what it releases then is released to the end."""
+
+    async def start() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await turns(5)
+            probe.said.append("cleaned up")
+
+    monkeypatch.setattr(probe, "_start", start)
+    starting = asyncio.create_task(probe.start())
+    await turns(3)
+    starting.cancel()
+    await turns(2)
+    await probe.stop()
+    assert await outcome(starting) is asyncio.CancelledError
+    assert probe.said == ["cleaned up", "stop", "stopped"]
+
+
 async def test_start_that_does_not_hear_the_cancel(probe: Probe, monkeypatch: pytest.MonkeyPatch) -> None:
     """A library may swallow a cancel: what is taken after that is released too."""
     start = probe._start
@@ -567,7 +587,6 @@ def _in_the_release(probe: Probe) -> None:
     probe._stop = spawn_and_release  # type: ignore[method-assign]
 
 
-@pytest.mark.xfail(reason="a stop cancels the tasks that it finds at its beginning, and no others")
 @pytest.mark.parametrize("arrange", [_in_a_task, _in_the_release])
 async def test_task_made_while_stopping(probe: Probe, arrange: Callable[[Probe], None]) -> None:
     """What is spawned while the service stops, as by a reconnect at that moment, ends with it as well."""

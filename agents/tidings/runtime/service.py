@@ -57,7 +57,8 @@ class Service:
         self._failed = asyncio.get_running_loop().create_future()
         self._starting = asyncio.ensure_future(self._start())
         try:
-            await self._starting
+            # Whoever is cancelled here leaves the cancelling to `stop`: twice would interrupt what `_start` releases.
+            await asyncio.shield(self._starting)
         except BaseException:
             await self.stop()
             raise
@@ -107,15 +108,20 @@ class Service:
         if self._starting is not None and not self._starting.done():
             self._starting.cancel()
             await asyncio.wait([self._starting])
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        await self._end_tasks()
         if was is not State.NEW:
             await self._stop()
+            # What was spawned meanwhile, as by a reconnect at that moment.
+            await self._end_tasks()
         if self._failed is not None and not self._failed.done():
             self._failed.cancel()
+
+    async def _end_tasks(self) -> None:
+        while self._tasks:
+            tasks = list(self._tasks)
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
 
     async def _start(self) -> None:
         """Acquire what the service needs; return when it can serve."""
