@@ -604,6 +604,9 @@ async def test_publisher_in_every_order(makers: Makers) -> None:
         closes = [asyncio.create_task(publisher.close()) for _ in range(2)]
         assert await ended(*closes) == [None, None]
         await publisher.close()
+        # What waits for a confirmation is told at once, not when its time is up.
+        async with asyncio.timeout(_SETTLE_S):
+            await asyncio.wait(under_way)
         for outcome in await ended(*under_way):
             assert isinstance(outcome, Receipt | PublishUnconfirmed), outcome
         with pytest.raises(StreamUnavailable, match="not open"):
@@ -653,6 +656,8 @@ async def test_client_in_every_order(makers: Makers) -> None:
         (id,) = await makers.mesh.publish("alice")
         await until(lambda: heard == [id], "the notification has come")
         closes = [asyncio.create_task(client.close()) for _ in range(2)]
+        assert await ended(closes[0]) == [None]
+        assert all(task.done() for task in client._tasks)
         assert await ended(*closes, listening) == [None, None, None]
         await client.close()
         refused = client_of(url, key=KEY[::-1])
