@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -116,7 +117,7 @@ def test_port_is_taken(tmp_path: Path, server: Cassandra) -> None:
         other._ports = port, port + 1
         with pytest.raises(CqlServerFailed, match="died at its start") as caught:
             other.start()
-    assert f"Failed to bind port {port}" in str(caught.value)
+    assert re.search(r"Failed to bind port|in use by another process", str(caught.value))
     assert str(other.log_file) in str(caught.value)
     assert other.pid is None
 

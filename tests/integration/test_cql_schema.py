@@ -427,7 +427,7 @@ async def test_rows_expire(where: Where) -> None:
     for text in (
         "SELECT position, TTL(body) FROM inbox",
         "SELECT position, TTL(stored) FROM inbox",
-        "SELECT position, TTL(delivered) FROM inbox",
+        "SELECT position, TTL(delivered) FROM deliveries",
         "SELECT position, TTL(bucket) FROM inbox_state WHERE kind = 1 ALLOW FILTERING",
     ):
         found: dict[Any, Any] = dict(await query(where, text))  # type: ignore[arg-type]

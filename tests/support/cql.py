@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from tidings.store.cql import CqlStore, Where, parse_url, schema
 from tidings.store.cql.database import Database
 
-TABLES = ("inbox", "inbox_state", "cursors")
+TABLES = ("inbox", "inbox_state", "deliveries", "cursors")
 
 
 async def new_keyspace(address: str) -> str:

@@ -84,11 +84,13 @@ async def purge(connection: Connection, user: str) -> int:
 
 async def purge_dead(connection: Connection, user: str) -> int:
     """Delete the dead letters that were the user's; returns how many. Reads all dead letters."""
-    _, _, where = await _place(connection, user)
-    origin = f"tidings-origin-subject: {where}\r\n".lower().encode()
+    _, token, where = await _place(connection, user)
+    # The inbox agent's letters name the subject, a gateway's name the user.
+    named = f"Tidings-Origin-Subject: {where}\r\n".encode(), f"Tidings-User: {token}\r\n".encode()
     gone = 0
     async for letter in _messages(connection, DEAD, "dead.>"):
-        if origin in base64.b64decode(letter.get("hdrs", "")).lower():
+        header = base64.b64decode(letter.get("hdrs", ""))
+        if any(line in header for line in named):
             await connection.api(f"STREAM.MSG.DELETE.{DEAD}", {"seq": letter["seq"]})
             gone += 1
     return gone

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
@@ -41,14 +42,22 @@ _SPECULATE_AFTER_S: Final = 0.2
 _PROTOCOL: Final = 4
 """The newest that ScyllaDB and Cassandra share."""
 
+_TOO_LARGE: Final = re.compile(r"too large|longer than maximum|larger than the maximum", re.IGNORECASE)
 _ERRORS: Final = (DriverException, NoHostAvailable, ErrorMessage, ConnectionException, OSError)
 """All that the driver raises of a request; it has no common base for them."""
 
 log = logging.getLogger("tidings.store")
 
 
-class StatementRefused(Exception):
-    """The server will never take this: a value too large, a mutation above its limit."""
+class StatementRefused(StoreUnavailable):
+    """The server says no: its schema, its grants or its limits. For whoever asked that is a store that does not work.
+
+    `too_large` says that it is the statement's own values: they will never be taken.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.too_large = _TOO_LARGE.search(message) is not None
 
 
 class Where(NamedTuple):
@@ -166,7 +175,7 @@ class Database:
         if cluster is not None:
             await asyncio.to_thread(cluster.shutdown)
 
-    def failure(self, error: BaseException) -> StoreUnavailable | StatementRefused:
+    def failure(self, error: BaseException) -> StoreUnavailable:
         """What one of the driver's errors means."""
         if isinstance(error, RequestValidationException | ValidationMessage):
             return StatementRefused(str(error))

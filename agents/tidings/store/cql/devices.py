@@ -21,15 +21,14 @@ __all__ = ["Devices"]
 _READ_BACK: Final = 50
 """Users of one read: each is a partition that the node asked has to fetch."""
 
-Key = tuple[str, str, Holder]
-
 
 class _Held:
     """A device that this process claimed: the timestamp of its last write, and its floor."""
 
-    __slots__ = ("floor", "written_us")
+    __slots__ = ("floor", "holder", "written_us")
 
-    def __init__(self, written_us: int, floor: Position) -> None:
+    def __init__(self, holder: Holder, written_us: int, floor: Position) -> None:
+        self.holder = holder
         self.written_us = written_us
         self.floor = floor
 
@@ -42,7 +41,7 @@ class Devices:
         self._sql = sql
         self._clock = clock
         self._ttl_s = ttl_s
-        self._held: dict[Key, _Held] = {}
+        self._held: dict[tuple[str, str], _Held] = {}
         self._claiming: dict[tuple[str, str], asyncio.Lock] = {}
 
     async def claim(self, user: str, device: str, holder: Holder, floor: Position) -> Claimed:
@@ -62,7 +61,7 @@ class Devices:
         at = max(self._clock.now(), 0 if before is None else before.written_us + 1)
         await self._write(user, device, DeviceState(cursor, holder, at))
         after = await self._state(user, device)
-        self._held[user, device, holder] = _Held(at, cursor.floor)
+        self._held[user, device] = _Held(holder, at, cursor.floor)
         lost = after is None or after.holder != holder
         return Claimed(cursor, before is None, None if before is None else before.holder, lost)
 
@@ -80,8 +79,8 @@ class Devices:
         lost: list[Holder] = []
         for update in updates:
             key = update.user, update.device, update.holder
-            held = self._held.get(key)
-            if held is None:
+            held = self._held.get(key[:2])
+            if held is None or held.holder != update.holder:
                 lost.append(update.holder)
                 continue
             state, partition = self._next(held, update), update.user.encode()
@@ -96,8 +95,9 @@ class Devices:
             has_lost = (user, device) not in now_held or now_held[user, device] != wanted
             if has_lost:
                 lost.append(holder)
-            if has_lost or update.release:
-                self._held.pop(key, None)
+            held = self._held.get(key[:2])
+            if held is not None and held.holder == holder and (has_lost or update.release):
+                del self._held[key[:2]]
         return lost
 
     def _next(self, held: _Held, update: CursorUpdate) -> DeviceState:

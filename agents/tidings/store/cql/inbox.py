@@ -76,12 +76,17 @@ class Inbox:
             owners += [index] * len(made)
         try:
             await self._database.write_all(writes)
-        except StatementRefused:
+        except StatementRefused as error:
+            if not error.too_large:
+                # A missing table or grant is nothing that a notification could help.
+                raise
             # One of them, or more: each by itself.
             for index, write in zip(owners, writes, strict=True):
                 try:
                     await self._database.write_all([write])
                 except StatementRefused as error:
+                    if not error.too_large:
+                        raise
                     refused[index] = f"the store refuses it: {error}"
         if refused:
             raise RowsRefused(refused)
@@ -193,8 +198,7 @@ class Inbox:
         for bucket in buckets:
             for at in range(0, len(packed), _CHUNK):
                 some = packed[at : at + _CHUNK]
-                rows = await self._database.read(self._sql["these"], user, bucket, some)
-                found += [row for row in map(Row._make, rows) if row.body is not None]
+                found += map(Row._make, await self._database.read(self._sql["these"], user, bucket, some))
         return found
 
     async def _items(self, user: str, head: Head, rows: Sequence[Row]) -> list[InboxItem]:
@@ -205,17 +209,24 @@ class Inbox:
         marks: dict[int, set[bytes]] = {UNREAD: set(), SEEN: set(), ARCHIVED: set()}
         for kind, packed in await self._database.read(self._sql["marks"], user, low, high):
             marks[kind].add(packed)
+        delivered: dict[bytes, str] = {}
+        for bucket in {bucket_of(row.stored) for row in rows}:
+            delivered.update(await self._database.read(self._sql["deliveries"], user, bucket, low, high))
         items = []
         for row in rows:
             packed = row.packed
             archived = packed <= head.archived_all or packed in marks[ARCHIVED]
             read = archived or packed not in marks[UNREAD]
             seen = read or packed <= head.seen_all or packed in marks[SEEN]
-            assert row.stored is not None
-            assert row.body is not None
             items.append(
                 InboxItem(
-                    unpack(packed), seen, read, archived, row.stored, row.body, delivered_from_text(row.delivered)
+                    unpack(packed),
+                    seen,
+                    read,
+                    archived,
+                    row.stored,
+                    row.body,
+                    delivered_from_text(delivered.get(packed)),
                 )
             )
         return items
@@ -236,7 +247,7 @@ class Inbox:
         items: list[InboxItem] = []
         read = 0
         async for chunk in source:
-            kept = [row for row in chunk if row.body is not None and _fits(row, query)]
+            kept = [row for row in chunk if _fits(row, query)]
             wanted = query.filter == "archived"
             found = await self._items(user, head, kept)
             if query.filter != "unread":
@@ -268,15 +279,15 @@ class Inbox:
             if len(listed) < size:
                 return
             low, high = (low, listed[-1][0]) if newest_first else (listed[-1][0], high)
+            size = max(size, _EXPORT)
 
     async def between(self, user: str, after: Position, upto: Position, limit: int) -> list[InboxItem]:
         head = await self._head(user)
         rows: list[Row] = []
         async for row in self._rows(user, head, pack(after), pack(upto) + b"\0", chunk=limit):
-            if row.body is not None:
-                rows.append(row)
-                if len(rows) == limit:
-                    break
+            rows.append(row)
+            if len(rows) == limit:
+                break
         return await self._items(user, head, rows)
 
     async def missed(self, user: str, after: Position, upto: Position) -> int:
@@ -311,18 +322,19 @@ class Inbox:
             if packed:
                 yield exported_watermark(name, unpack(packed))
         async for chunk in _chunks(self._rows(user, head, BEFORE_ALL, BEHIND_ALL), _EXPORT):
-            rows = [row for row in chunk if row.body is not None]
-            for item in await self._items(user, head, rows):
+            for item in await self._items(user, head, chunk):
                 yield exported_item(item)
 
     async def erase(self, user: str, upto: Position) -> int:
         head = await self._head(user)
         now, packed = self._clock.now(), pack(upto)
         gone = await self.missed(user, Position(0, 0), upto)
-        # The newest bucket may not be listed yet: its first row may still be on its way here.
-        buckets = sorted({*head.buckets, bucket_of(now * 1000)})
+        # Buckets of late may not be listed yet: their first row may still be on its way here.
+        late = range(bucket_of((now - _LATE_US) * 1000), bucket_of(now * 1000) + 1)
+        buckets = sorted({*head.buckets, *late})
         for bucket in buckets:
             await self._database.write(self._sql["erase_rows"].bind((now, user, bucket, packed)))
+            await self._database.write(self._sql["erase_deliveries"].bind((now, user, bucket, packed)))
         batch = [self._sql["unmark_upto"].bind((now + DAY_US, user, kind, packed)) for kind in (UNREAD, SEEN, ARCHIVED)]
         batch.append(self._sql["erase_watermarks"].bind((now, user)))
         # A bucket of late may still get rows above `upto`, whose listing would be older than this: it stays listed.
@@ -347,6 +359,7 @@ async def _chunks(rows: AsyncIterator[Row], size: int) -> AsyncIterator[list[Row
         chunk.append(row)
         if len(chunk) == size:
             yield chunk
-            chunk = []
+            # Much does not fit: look further at a time.
+            chunk, size = [], max(size, _EXPORT)
     if chunk:
         yield chunk

@@ -26,13 +26,12 @@ class Head(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A row of ``inbox``; without a body it was delivered before it was stored."""
+    """A row of ``inbox``."""
 
     packed: bytes
-    stored: int | None
-    body: bytes | None
-    delivered: str | None
-    type: str | None
+    stored: int
+    body: bytes
+    type: str
     topic: str | None
 
 

@@ -10,7 +10,7 @@ UNREAD: Final = 1
 SEEN: Final = 2
 ARCHIVED: Final = 3
 
-_ROW: Final = "position, stored, body, delivered, type, topic"
+_ROW: Final = "position, stored, body, type, topic"
 _INBOX: Final = "FROM inbox WHERE user = ? AND bucket = ? AND position"
 _STATE: Final = "FROM inbox_state WHERE user = ? AND kind = "
 
@@ -20,8 +20,10 @@ STATEMENTS: Final = {
     "VALUES (?, ?, ?, ?, ?, ?, ?, ?) USING TTL ? AND TIMESTAMP ?",
     "list": f"UPDATE inbox_state USING TTL ? AND TIMESTAMP ? SET bucket = ?, buckets = buckets + ? "
     f"WHERE user = ? AND kind = {UNREAD} AND position = ?",
-    "delivered": "UPDATE inbox USING TTL ? AND TIMESTAMP ? SET delivered = ? "
+    "delivered": "UPDATE deliveries USING TTL ? AND TIMESTAMP ? SET delivered = ? "
     "WHERE user = ? AND bucket = ? AND position = ?",
+    "deliveries": "SELECT position, delivered FROM deliveries WHERE user = ? AND bucket = ? "
+    "AND position >= ? AND position <= ?",
     "newest": f"SELECT {_ROW} {_INBOX} > ? AND position < ? LIMIT ?",
     "oldest": f"SELECT {_ROW} {_INBOX} > ? AND position < ? ORDER BY position ASC LIMIT ?",
     "these": f"SELECT {_ROW} {_INBOX} IN ?",
@@ -49,6 +51,7 @@ STATEMENTS: Final = {
     "save": "UPDATE cursors USING TTL ? AND TIMESTAMP ? SET state = ? WHERE user = ? AND device = ?",
     # Erasing
     "erase_rows": "DELETE FROM inbox USING TIMESTAMP ? WHERE user = ? AND bucket = ? AND position <= ?",
+    "erase_deliveries": "DELETE FROM deliveries USING TIMESTAMP ? WHERE user = ? AND bucket = ? AND position <= ?",
     "unlist_buckets": "UPDATE inbox_state USING TIMESTAMP ? SET buckets = buckets - ? WHERE user = ?",
     "erase_watermarks": "DELETE seen_all, archived_all FROM inbox_state USING TIMESTAMP ? WHERE user = ?",
     "erase_cursors": "DELETE FROM cursors USING TIMESTAMP ? WHERE user = ?",
