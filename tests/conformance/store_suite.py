@@ -32,6 +32,7 @@ from tidings.store.port import (
     InboxItem,
     InboxPage,
     InboxRow,
+    Lost,
     MarkAllAs,
     PageQuery,
     Store,
@@ -614,7 +615,7 @@ class StoreConformance:
         await store.claim(ALICE, "tablet", TWO, at(1))
         await store.erase(ALICE, at(9))
         assert await store.holders(ALICE) == []
-        assert await store.save([update("phone", ONE, Cursor(at(2)))]) == [ONE]
+        assert await store.save([update("phone", ONE, Cursor(at(2)))]) == [Lost(ONE, None)]
         assert await store.holders(ALICE) == []
         assert await store.claim(ALICE, "phone", TWO, at(9)) == Claimed(Cursor(at(9)), True, None)
 
@@ -685,7 +686,8 @@ class StoreConformance:
                 update("watch", TWO, Cursor(at(9))),
             ]
         )
-        assert sorted(lost) == sorted([ONE, other, TWO])
+        assert set(lost) == {Lost(ONE, TWO), Lost(other, None), Lost(TWO, None)}
+        assert len(lost) == 3
         assert await store.holders(ALICE) == [TWO]
         assert await store.claim(ALICE, "phone", ONE, at(0)) == Claimed(Cursor(at(1)), False, TWO)
         assert await store.claim(ALICE, "tablet", TWO, at(0)) == Claimed(Cursor(at(4), frozenset({at(6)})), False, None)
@@ -707,7 +709,7 @@ class StoreConformance:
         assert await store.save([update("phone", ONE, Cursor(at(6)), release=True)]) == []
         assert await store.holders(ALICE) == [TWO]
         assert await store.holders(BOB) == [ONE]
-        assert await store.save([update("phone", ONE, Cursor(at(7)))]) == [ONE]
+        assert await store.save([update("phone", ONE, Cursor(at(7)))]) == [Lost(ONE, None)]
         assert await store.claim(ALICE, "phone", TWO, at(0)) == Claimed(Cursor(at(6)), False, None)
 
     # The life of a store
@@ -987,11 +989,11 @@ class AnyOrder(RuleBasedStateMachine):
         for user, device, drawn_holder, cursor, release in drawn:
             named[user, device, drawn_holder or self.held.get((user, device)) or ONE] = cursor, release
         updates = [(*key, *value) for key, value in named.items()]
-        wanted: list[Holder] = []
+        lost: list[tuple[tuple[str, str], Holder]] = []
         for user, device, holder, cursor, release in updates:
             key = user, device
             if self.held.get(key) != holder:
-                wanted.append(holder)
+                lost.append((key, holder))
                 continue
             floor = max(self.cursors[key].floor, cursor.floor)
             acked = frozenset(position for position in cursor.acked if position > floor)
@@ -999,7 +1001,8 @@ class AnyOrder(RuleBasedStateMachine):
             self.cursors[key] = Cursor(floor, acked, attempts)
             self.held[key] = None if release else holder
         batch = [CursorUpdate(self.name(entry[0]), *entry[1:]) for entry in updates]
-        assert sorted(self.ask(self.store.save(batch))) == sorted(wanted)
+        wanted = [Lost(holder, self.held.get(key)) for key, holder in lost]
+        assert sorted(self.ask(self.store.save(batch)), key=str) == sorted(wanted, key=str)
 
     @rule(user=USERS)
     def holders(self, user: str) -> None:

@@ -20,7 +20,7 @@ import pytest
 
 from support.clock import PATIENCE_S, until
 from tidings.store.factory import open_store_url
-from tidings.store.port import Claimed, Cursor, CursorUpdate, Holder, InboxPage, PageQuery, Store
+from tidings.store.port import Claimed, Cursor, CursorUpdate, Holder, InboxPage, Lost, PageQuery, Store
 from tidings.store.sqlite import SqliteStore
 from tidings.store.sqlite.schema import MIGRATIONS
 from tidings.wire.errors import BadSettings, RowsRefused, StoreUnavailable
@@ -569,7 +569,7 @@ async def test_two_processes(file: Path) -> None:
         await first.claim(ALICE, "phone", ONE, at(1))
         assert (await second.claim(ALICE, "phone", TWO, at(9))).previous == ONE
         late = CursorUpdate(ALICE, "phone", ONE, Cursor(at(5)), True)
-        assert await first.save([late]) == [ONE]
+        assert await first.save([late]) == [Lost(ONE, TWO)]
         assert await first.holders(ALICE) == [TWO]
 
 

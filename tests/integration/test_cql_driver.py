@@ -27,7 +27,7 @@ from tidings.store.cql import CqlStore, Where, parse_url
 from tidings.store.cql.database import Database, StatementRefused
 from tidings.store.cql.express import Express, Group, Write, int4, int8
 from tidings.store.cql.reactor import LoopConnection, connection_class
-from tidings.store.cql.statements import STATEMENTS
+from tidings.store.cql.statements import statements
 from tidings.store.port import InboxRow
 from tidings.wire.errors import StoreUnavailable
 from tidings.wire.position import Position
@@ -202,9 +202,10 @@ class Client:
 @asynccontextmanager
 async def connected(where: Where) -> AsyncIterator[Client]:
     client = Client(where)
-    await client.database.connect(where.keyspace)
+    await client.database.connect()
+    await client.database.query(f"USE {where.keyspace}")
     try:
-        client.sql = await client.database.prepare(STATEMENTS)
+        client.sql = await client.database.prepare(statements(where.keyspace))
         yield client
     finally:
         await client.database.close()

@@ -23,8 +23,9 @@ async def new_keyspace(address: str) -> str:
 async def query(where: Where, text: str, *values: object) -> list[tuple[object, ...]]:
     """One statement, unprepared, on a connection of its own."""
     database = Database(where)
-    await database.connect(where.keyspace)
+    await database.connect()
     try:
+        await database.query(f"USE {where.keyspace}")
         return await database.query(text, *values, timeout_s=20)
     finally:
         await database.close()
@@ -35,8 +36,9 @@ async def empty_store(url: str) -> AsyncIterator[CqlStore]:
     """An open store on a keyspace that holds nothing."""
     where = parse_url(url)
     database = Database(where)
-    await database.connect(where.keyspace)
+    await database.connect()
     try:
+        await database.query(f"USE {where.keyspace}")
         await asyncio.gather(*(database.query(f"TRUNCATE {table}", timeout_s=20) for table in TABLES))
     finally:
         await database.close()

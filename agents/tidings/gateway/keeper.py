@@ -70,9 +70,15 @@ class Keeper:
                 # A newer session of the device may have ended while this was written.
                 if hub.released.get((update.user, update.device)) is update:
                     del hub.released[update.user, update.device]
-            for holder in lost:
+            for holder, now in lost:
                 session_lost = hub.by_id.get(holder.session)
-                if session_lost is not None:
+                if session_lost is None:
+                    continue
+                if now is None:
+                    log.info("session %s has its device no longer: its user was erased", session_lost.id)
+                    hub.close_socket(session_lost, codes.RESTART, hub.bye(2000))
+                    hub.end(session_lost, keep_cursor=False)
+                else:
                     log.info("session %s was replaced on another gateway", session_lost.id)
                     hub.replaced(session_lost)
 

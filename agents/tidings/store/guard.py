@@ -30,6 +30,7 @@ from .port import (
     InboxItem,
     InboxPage,
     InboxRow,
+    Lost,
     MarkAllAs,
     PageQuery,
     Store,
@@ -150,7 +151,7 @@ class GuardedStore:
     async def append(self, rows: Sequence[InboxRow]) -> None:
         await self._observed(self._store.append(rows))
 
-    async def save(self, updates: Sequence[CursorUpdate]) -> list[Holder]:
+    async def save(self, updates: Sequence[CursorUpdate]) -> list[Lost]:
         return await self._observed(self._store.save(updates))
 
     async def delivered(self, marks: Sequence[DeliveredMark]) -> None:

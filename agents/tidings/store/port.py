@@ -18,6 +18,7 @@ from tidings.wire.frames import Filter, MarkAs
 from tidings.wire.position import Position
 
 __all__ = [
+    "MISSED_CAP",
     "UNREAD_CAP",
     "Claimed",
     "Cursor",
@@ -28,6 +29,7 @@ __all__ = [
     "InboxItem",
     "InboxPage",
     "InboxRow",
+    "Lost",
     "MarkAllAs",
     "PageQuery",
     "Store",
@@ -35,6 +37,9 @@ __all__ = [
 
 UNREAD_CAP: Final = 100
 """`Store.unread` never counts further: 100 means more than 99."""
+
+MISSED_CAP: Final = 10_000
+"""`Store.missed` never counts further: 10,000 means as many, or more."""
 
 
 class InboxRow(NamedTuple):
@@ -140,6 +145,14 @@ class Claimed(NamedTuple):
     """Somebody newer claimed the device in the same moment: this session is to end."""
 
 
+class Lost(NamedTuple):
+    """The answer to a `CursorUpdate` that changed nothing: its holder has the device no longer."""
+
+    holder: Holder
+    now: Holder | None
+    """Who has it; None where nobody does: it was released, or erased with its user."""
+
+
 class CursorUpdate(NamedTuple):
     """A cursor to save for as long as `holder` still has the device."""
 
@@ -176,7 +189,7 @@ class Store(Protocol):
         """Rows with after < position <= upto, oldest first, at most `limit`; marks do not matter."""
 
     async def missed(self, user: str, after: Position, upto: Position) -> int:
-        """How many rows `between` has, however many."""
+        """How many rows `between` has, counted to `MISSED_CAP`."""
 
     async def unread(self, user: str) -> int:
         """Rows neither read nor archived, counted to `UNREAD_CAP`."""
@@ -196,8 +209,8 @@ class Store(Protocol):
     async def claim(self, user: str, device: str, holder: Holder, floor: Position) -> Claimed:
         """Make `holder` the device's session, durably and atomically; `floor` is a first-ever device's cursor."""
 
-    async def save(self, updates: Sequence[CursorUpdate]) -> list[Holder]:
-        """Write cursors, each only where its holder still has the device; returns the holders that lost theirs.
+    async def save(self, updates: Sequence[CursorUpdate]) -> list[Lost]:
+        """Write cursors, each only where its holder still has the device; returns what was lost.
 
         A floor never moves back: of two the higher one stays. A holder is known to the store that claimed for it.
         """

@@ -121,20 +121,20 @@ class Database:
 
     # Life
 
-    async def connect(self, keyspace: str | None) -> None:
-        """Connect to the nodes that answer; raises `StoreUnavailable` when none does, or the keyspace is missing."""
+    async def connect(self) -> None:
+        """Connect to the nodes that answer; raises `StoreUnavailable` when none does."""
         self.loop = asyncio.get_running_loop()
         self.thread = threading.get_ident()
         self.under_way = asyncio.Semaphore(self.where.in_flight)
         reactor = connection_class(self.loop, self._lost)
         try:
-            await asyncio.to_thread(self._connect, reactor, keyspace)
+            await asyncio.to_thread(self._connect, reactor)
             self._express = Express(self._session, self.where.keyspace)
         except _ERRORS as error:
             await self.close()
             raise self.failure(error) from error
 
-    def _connect(self, reactor: type, keyspace: str | None) -> None:
+    def _connect(self, reactor: type) -> None:
         where = self.where
         near = DCAwareRoundRobinPolicy(where.datacenter) if where.datacenter else RoundRobinPolicy()
         common: dict[str, Any] = {
@@ -161,7 +161,7 @@ class Database:
             idle_heartbeat_interval=10,
             compression=False,
         )
-        self._session = self._cluster.connect(keyspace)
+        self._session = self._cluster.connect()
         self._session.default_fetch_size = None
 
     def _lost(self, connection: LoopConnection) -> None:

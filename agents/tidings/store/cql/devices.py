@@ -9,7 +9,7 @@ from typing import Any, Final
 from cassandra.query import PreparedStatement
 
 from tidings.store.export import exported_cursor
-from tidings.store.port import Claimed, Cursor, CursorUpdate, Holder
+from tidings.store.port import Claimed, Cursor, CursorUpdate, Holder, Lost
 from tidings.wire.position import Position
 
 from .database import Database
@@ -73,31 +73,30 @@ class Devices:
         statement = self._sql["save"].bind((self._ttl_s, state.written_us, state.dump(), user, device))
         await self._database.write(statement)
 
-    async def save(self, updates: Sequence[CursorUpdate]) -> list[Holder]:
+    async def save(self, updates: Sequence[CursorUpdate]) -> list[Lost]:
         writes = []
-        written: dict[tuple[str, str, Holder], CursorUpdate] = {}
-        lost: list[Holder] = []
+        written: dict[tuple[str, str, Holder], bool] = {}
         for update in updates:
-            key = update.user, update.device, update.holder
-            held = self._held.get(key[:2])
-            if held is None or held.holder != update.holder:
-                lost.append(update.holder)
-                continue
-            state, partition = self._next(held, update), update.user.encode()
-            values = int4(self._ttl_s), int8(state.written_us), state.dump(), partition, update.device.encode()
-            writes.append(Write(self._sql["save"], values, partition))
-            written[key] = update
+            held = self._held.get((update.user, update.device))
+            is_ours = held is not None and held.holder == update.holder
+            written[update.user, update.device, update.holder] = is_ours
+            if held is not None and is_ours:
+                state, partition = self._next(held, update), update.user.encode()
+                values = int4(self._ttl_s), int8(state.written_us), state.dump(), partition, update.device.encode()
+                writes.append(Write(self._sql["save"], values, partition))
         await self._database.write_all(writes)
-        now_held = await self._holders_of(sorted({user for user, _, _ in written}))
-        for key, update in written.items():
-            user, device, holder = key
+        now_held = await self._holders_of(sorted({update.user for update in updates}))
+        lost: list[Lost] = []
+        for update in updates:
+            key, holder = (update.user, update.device), update.holder
+            now = now_held.get(key)
             wanted = None if update.release else holder
-            has_lost = (user, device) not in now_held or now_held[user, device] != wanted
+            has_lost = not written[*key, holder] or key not in now_held or now != wanted
             if has_lost:
-                lost.append(holder)
-            held = self._held.get(key[:2])
+                lost.append(Lost(holder, now))
+            held = self._held.get(key)
             if held is not None and held.holder == holder and (has_lost or update.release):
-                del self._held[key[:2]]
+                del self._held[key]
         return lost
 
     def _next(self, held: _Held, update: CursorUpdate) -> DeviceState:

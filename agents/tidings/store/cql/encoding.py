@@ -13,6 +13,7 @@ from tidings.wire.position import Position
 __all__ = [
     "BEFORE_ALL",
     "BEHIND_ALL",
+    "BUCKET_S",
     "DAY_US",
     "Clock",
     "DeviceState",
@@ -26,7 +27,8 @@ __all__ = [
 ]
 
 DAY_US: Final = 86_400_000_000
-BUCKET_NS: Final = 10 * 86_400 * 1_000_000_000
+BUCKET_S: Final = 10 * 86_400
+BUCKET_NS: Final = BUCKET_S * 1_000_000_000
 _FIRST_WINS_US: Final = 3_000_000_000_000_000
 
 BEFORE_ALL: Final = b""

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable, Sequence
+from itertools import islice
 from struct import error as StructError
 from typing import Any, Final
 
 from cassandra.query import BoundStatement, PreparedStatement
 
 from tidings.store.export import exported_item, exported_watermark
-from tidings.store.port import UNREAD_CAP, DeliveredMark, InboxItem, InboxPage, InboxRow, MarkAllAs, PageQuery
+from tidings.store.port import (
+    MISSED_CAP,
+    UNREAD_CAP,
+    DeliveredMark,
+    InboxItem,
+    InboxPage,
+    InboxRow,
+    MarkAllAs,
+    PageQuery,
+)
 from tidings.wire.errors import RowsRefused
 from tidings.wire.frames import MarkAs
 from tidings.wire.position import Position
@@ -19,6 +29,7 @@ from .database import Database, StatementRefused
 from .encoding import (
     BEFORE_ALL,
     BEHIND_ALL,
+    BUCKET_S,
     DAY_US,
     Clock,
     bucket_key,
@@ -42,6 +53,8 @@ _ONE_BUCKET: Final = b"\0\0\0\1\0\0\0\4"
 _SCAN: Final = 2000
 """Rows that one page reads at most to find what fits."""
 _EXPORT: Final = 200
+_MOST_LISTED: Final = 50_000
+"""About a hundred bytes each."""
 _LATE_US: Final = 30 * DAY_US
 """No log keeps a notification for longer before it is appended."""
 
@@ -54,6 +67,8 @@ class Inbox:
         self._sql = sql
         self._clock = clock
         self._retention_s = retention_s
+        self._listed: dict[bytes, None] = {}
+        """Partition keys of buckets that this process has listed: most notifications go to one of them."""
 
     def _left_s(self, stored_ns: int) -> int:
         """How long what was stored then is kept from now on, in seconds."""
@@ -62,13 +77,14 @@ class Inbox:
     # Writing
 
     async def append(self, rows: Sequence[InboxRow]) -> None:
-        """Two statements a row, all at once."""
+        """Two statements a row, all at once; the first row of a user in a bucket costs a third."""
         refused: dict[int, str] = {}
         writes: list[Write] = []
         owners: list[int] = []
+        listed: set[bytes] = set()
         for index, row in enumerate(rows):
             try:
-                made = self._row_writes(row)
+                made = self._row_writes(row, listed)
             except (UnicodeEncodeError, OverflowError, StructError) as error:
                 refused[index] = f"its values cannot be written: {error}"
                 continue
@@ -88,10 +104,12 @@ class Inbox:
                     if not error.too_large:
                         raise
                     refused[index] = f"the store refuses it: {error}"
+        self._remember(listed)
         if refused:
             raise RowsRefused(refused)
 
-    def _row_writes(self, row: InboxRow) -> tuple[Write, ...]:
+    def _row_writes(self, row: InboxRow, listed: set[bytes]) -> tuple[Write, ...]:
+        """The writes of a row; a bucket that is not known to be listed is noted in `listed`."""
         left_s = self._left_s(row.stored_ns)
         if left_s <= 0:
             return ()
@@ -100,14 +118,27 @@ class Inbox:
         # A day before: whatever the user does with it is newer, whichever is written first.
         ttl, at = int4(left_s), int8(row.stored_ns // 1000 - DAY_US)
         stored = int8(row.stored_ns)
-        return (
+        key = bucket_key(user, bucket)
+        writes = (
             Write(
                 self._sql["append"],
                 (user, bucket, packed, row.id.encode(), row.type.encode(), topic, stored, row.body, ttl, at),
-                bucket_key(user, bucket),
+                key,
             ),
-            Write(self._sql["list"], (ttl, at, bucket, _ONE_BUCKET + bucket, user, packed), user),
+            Write(self._sql["list"], (ttl, at, bucket, user, packed), user),
         )
+        if key in self._listed or key in listed:
+            return writes
+        listed.add(key)
+        # It outlives the last row of the bucket.
+        longest = int4(self._retention_s + BUCKET_S)
+        return (*writes, Write(self._sql["list_bucket"], (longest, at, _ONE_BUCKET + bucket, user), user))
+
+    def _remember(self, listed: Iterable[bytes]) -> None:
+        """These buckets are listed, durably; the oldest of too many are forgotten, and listed again."""
+        self._listed.update(dict.fromkeys(listed))
+        for key in list(islice(self._listed, max(0, len(self._listed) - _MOST_LISTED))):
+            del self._listed[key]
 
     async def delivered(self, marks: Sequence[DeliveredMark]) -> None:
         writes = []
@@ -292,9 +323,13 @@ class Inbox:
 
     async def missed(self, user: str, after: Position, upto: Position) -> int:
         head = await self._head(user)
-        low, high = pack(after), pack(upto) + b"\0"
-        counts = [await self._database.read(self._sql["count"], user, bucket, low, high) for bucket in head.buckets]
-        return sum(found[0][0] for found in counts)
+        low, high, missed = pack(after), pack(upto) + b"\0", 0
+        for bucket in reversed(head.buckets):
+            left = MISSED_CAP - missed
+            missed += len(await self._database.read(self._sql["positions"], user, bucket, low, high, left))
+            if missed == MISSED_CAP:
+                break
+        return missed
 
     async def unread(self, user: str) -> int:
         listed = await self._database.read(self._sql["unread"], user, BEFORE_ALL, BEHIND_ALL, UNREAD_CAP)
@@ -328,11 +363,12 @@ class Inbox:
     async def erase(self, user: str, upto: Position) -> int:
         head = await self._head(user)
         now, packed = self._clock.now(), pack(upto)
-        gone = await self.missed(user, Position(0, 0), upto)
         # Buckets of late may not be listed yet: their first row may still be on its way here.
         late = range(bucket_of((now - _LATE_US) * 1000), bucket_of(now * 1000) + 1)
         buckets = sorted({*head.buckets, *late})
+        gone = 0
         for bucket in buckets:
+            gone += (await self._database.read(self._sql["count"], user, bucket, packed))[0][0]
             await self._database.write(self._sql["erase_rows"].bind((now, user, bucket, packed)))
             await self._database.write(self._sql["erase_deliveries"].bind((now, user, bucket, packed)))
         batch = [self._sql["unmark_upto"].bind((now + DAY_US, user, kind, packed)) for kind in (UNREAD, SEEN, ARCHIVED)]

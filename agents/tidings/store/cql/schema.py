@@ -117,7 +117,7 @@ async def apply(where: Where, replication: str, *, development: bool = False) ->
     An existing keyspace keeps its replication; `replication` (see `parse_replication`) is for a new one.
     """
     database = Database(where)
-    await database.connect(None)
+    await database.connect()
     try:
         keyspace = where.keyspace
         if await _version(database, keyspace) >= len(migrations()):
@@ -140,7 +140,7 @@ async def apply(where: Where, replication: str, *, development: bool = False) ->
 async def pending(where: Where) -> list[str]:
     """The files that `apply` would apply."""
     database = Database(where)
-    await database.connect(None)
+    await database.connect()
     try:
         return [migration.file for migration in migrations()[await _version(database, where.keyspace) :]]
     finally:

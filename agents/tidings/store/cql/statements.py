@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
-__all__ = ["ARCHIVED", "SEEN", "STATEMENTS", "UNREAD"]
+__all__ = ["ARCHIVED", "SEEN", "UNREAD", "statements"]
 
 UNREAD: Final = 1
 SEEN: Final = 2
@@ -13,13 +14,15 @@ ARCHIVED: Final = 3
 _ROW: Final = "position, stored, body, type, topic"
 _INBOX: Final = "FROM inbox WHERE user = ? AND bucket = ? AND position"
 _STATE: Final = "FROM inbox_state WHERE user = ? AND kind = "
+_HEAD: Final = "WHERE user = ? AND kind = 0 AND position = 0x"
 
-STATEMENTS: Final = {
+_STATEMENTS: Final = {
     # The inbox
     "append": "INSERT INTO inbox (user, bucket, position, id, type, topic, stored, body) "
     "VALUES (?, ?, ?, ?, ?, ?, ?, ?) USING TTL ? AND TIMESTAMP ?",
-    "list": f"UPDATE inbox_state USING TTL ? AND TIMESTAMP ? SET bucket = ?, buckets = buckets + ? "
+    "list": "UPDATE inbox_state USING TTL ? AND TIMESTAMP ? SET bucket = ? "
     f"WHERE user = ? AND kind = {UNREAD} AND position = ?",
+    "list_bucket": f"UPDATE inbox_state USING TTL ? AND TIMESTAMP ? SET buckets = buckets + ? {_HEAD}",
     "delivered": "UPDATE deliveries USING TTL ? AND TIMESTAMP ? SET delivered = ? "
     "WHERE user = ? AND bucket = ? AND position = ?",
     "deliveries": "SELECT position, delivered FROM deliveries WHERE user = ? AND bucket = ? "
@@ -27,9 +30,10 @@ STATEMENTS: Final = {
     "newest": f"SELECT {_ROW} {_INBOX} > ? AND position < ? LIMIT ?",
     "oldest": f"SELECT {_ROW} {_INBOX} > ? AND position < ? ORDER BY position ASC LIMIT ?",
     "these": f"SELECT {_ROW} {_INBOX} IN ?",
-    "count": f"SELECT count(stored) {_INBOX} > ? AND position < ?",
+    "positions": f"SELECT position {_INBOX} > ? AND position < ? ORDER BY position ASC LIMIT ?",
+    "count": f"SELECT count(*) {_INBOX} <= ?",
     # What the user did
-    "head": "SELECT buckets, seen_all, archived_all FROM inbox_state WHERE user = ? LIMIT 1",
+    "head": f"SELECT buckets, seen_all, archived_all FROM inbox_state {_HEAD}",
     "marks": f"SELECT kind, position FROM inbox_state WHERE user = ? AND kind IN ({UNREAD}, {SEEN}, {ARCHIVED}) "
     "AND position >= ? AND position <= ?",
     "unread": f"SELECT position, bucket, early {_STATE} {UNREAD} AND position > ? AND position < ? LIMIT ?",
@@ -41,10 +45,10 @@ STATEMENTS: Final = {
     f"VALUES (?, {UNREAD}, ?, ?, ?) USING TTL ? AND TIMESTAMP ?",
     "unlist": f"DELETE FROM inbox_state USING TIMESTAMP ? WHERE user = ? AND kind = {UNREAD} AND position IN ?",
     "unmark_upto": "DELETE FROM inbox_state USING TIMESTAMP ? WHERE user = ? AND kind = ? AND position <= ?",
-    "seen_all": "UPDATE inbox_state USING TTL ? AND TIMESTAMP ? SET seen_all = seen_all + ? WHERE user = ?",
-    "archived_all": "UPDATE inbox_state USING TTL ? AND TIMESTAMP ? SET archived_all = archived_all + ? WHERE user = ?",
-    "seen_less": "UPDATE inbox_state USING TIMESTAMP ? SET seen_all = seen_all - ? WHERE user = ?",
-    "archived_less": "UPDATE inbox_state USING TIMESTAMP ? SET archived_all = archived_all - ? WHERE user = ?",
+    "seen_all": f"UPDATE inbox_state USING TTL ? AND TIMESTAMP ? SET seen_all = seen_all + ? {_HEAD}",
+    "archived_all": f"UPDATE inbox_state USING TTL ? AND TIMESTAMP ? SET archived_all = archived_all + ? {_HEAD}",
+    "seen_less": f"UPDATE inbox_state USING TIMESTAMP ? SET seen_all = seen_all - ? {_HEAD}",
+    "archived_less": f"UPDATE inbox_state USING TIMESTAMP ? SET archived_all = archived_all - ? {_HEAD}",
     # Devices
     "cursor": "SELECT state FROM cursors WHERE user = ? AND device = ?",
     "cursors": "SELECT user, device, state FROM cursors WHERE user IN ?",
@@ -52,10 +56,17 @@ STATEMENTS: Final = {
     # Erasing
     "erase_rows": "DELETE FROM inbox USING TIMESTAMP ? WHERE user = ? AND bucket = ? AND position <= ?",
     "erase_deliveries": "DELETE FROM deliveries USING TIMESTAMP ? WHERE user = ? AND bucket = ? AND position <= ?",
-    "unlist_buckets": "UPDATE inbox_state USING TIMESTAMP ? SET buckets = buckets - ? WHERE user = ?",
-    "erase_watermarks": "DELETE seen_all, archived_all FROM inbox_state USING TIMESTAMP ? WHERE user = ?",
+    "unlist_buckets": f"UPDATE inbox_state USING TIMESTAMP ? SET buckets = buckets - ? {_HEAD}",
+    "erase_watermarks": f"DELETE seen_all, archived_all FROM inbox_state USING TIMESTAMP ? {_HEAD}",
     "erase_cursors": "DELETE FROM cursors USING TIMESTAMP ? WHERE user = ?",
     # Health
     "probe": "UPDATE probe USING TIMESTAMP ? SET at = ? WHERE name = 'check'",
     "probed": "SELECT at FROM probe WHERE name = 'check'",
 }
+
+_TABLE: Final = re.compile(r"\b(FROM|INTO|UPDATE) (\w+)")
+
+
+def statements(keyspace: str) -> dict[str, str]:
+    """All of them, with the keyspace at each table: a session's own is no part of a prepared statement."""
+    return {name: _TABLE.sub(rf"\1 {keyspace}.\2", text) for name, text in _STATEMENTS.items()}

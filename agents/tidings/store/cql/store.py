@@ -35,6 +35,7 @@ from tidings.store.port import (
     InboxItem,
     InboxPage,
     InboxRow,
+    Lost,
     MarkAllAs,
     PageQuery,
 )
@@ -47,7 +48,7 @@ from .database import Database, Where
 from .devices import Devices
 from .encoding import Clock
 from .inbox import Inbox
-from .statements import STATEMENTS
+from .statements import statements
 
 __all__ = ["CqlStore"]
 
@@ -76,10 +77,10 @@ class CqlStore:
     async def open(self) -> None:
         if self._closed:
             raise self._is_closed()
-        await self._database.connect(self._where.keyspace)
+        await self._database.connect()
         try:
             await schema.verify(self._database)
-            self._sql.update(await self._database.prepare(STATEMENTS))
+            self._sql.update(await self._database.prepare(statements(self._where.keyspace)))
         except BaseException:
             await self._database.close()
             raise
@@ -159,7 +160,7 @@ class CqlStore:
         with self._call():
             return await self._devices.claim(user, device, holder, floor)
 
-    async def save(self, updates: Sequence[CursorUpdate]) -> list[Holder]:
+    async def save(self, updates: Sequence[CursorUpdate]) -> list[Lost]:
         with self._call():
             return await self._devices.save(updates)
 

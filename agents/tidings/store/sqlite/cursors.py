@@ -9,7 +9,7 @@ from typing import Any, Final
 import orjson
 
 from tidings.store.export import exported_cursor
-from tidings.store.port import Claimed, Cursor, CursorUpdate, Holder
+from tidings.store.port import Claimed, Cursor, CursorUpdate, Holder, Lost
 from tidings.wire.position import Position
 
 __all__ = ["claim", "export", "holders", "save", "save_values"]
@@ -32,7 +32,7 @@ def claim(db: sqlite3.Connection, user: str, device: str, holder: Holder, floor:
     return Claimed(_cursor(row), False, _holder(row))
 
 
-def save(db: sqlite3.Connection, updates: Sequence[CursorUpdate], values: Sequence[tuple[object, ...]]) -> list[Holder]:
+def save(db: sqlite3.Connection, updates: Sequence[CursorUpdate], values: Sequence[tuple[object, ...]]) -> list[Lost]:
     """`values` are `save_values` of the updates."""
     db.execute("SAVEPOINT all_at_once")
     if db.executemany(_SAVE, values).rowcount == len(updates):
@@ -41,7 +41,8 @@ def save(db: sqlite3.Connection, updates: Sequence[CursorUpdate], values: Sequen
     # Rare: some lost their device, or a floor would have moved back. One by one.
     db.execute("ROLLBACK TO all_at_once")
     db.execute("RELEASE all_at_once")
-    return [update.holder for update in updates if not _save_one(db, update)]
+    lost = [update for update in updates if not _save_one(db, update)]
+    return [Lost(update.holder, _holder(_row(db, update))) for update in lost]
 
 
 def holders(db: sqlite3.Connection, user: str) -> list[Holder]:
@@ -54,8 +55,14 @@ def export(db: sqlite3.Connection, user: str) -> list[dict[str, Any]]:
     return [exported_cursor(row[6], _cursor(row), _holder(row)) for row in rows]
 
 
-def _holder(row: tuple[Any, ...]) -> Holder | None:
-    return None if row[4] is None else Holder(row[4], row[5])
+def _row(db: sqlite3.Connection, update: CursorUpdate) -> tuple[Any, ...] | None:
+    query = f"SELECT {_CURSOR} FROM cursors WHERE user = ? AND device = ?"
+    row: tuple[Any, ...] | None = db.execute(query, (update.user, update.device)).fetchone()
+    return row
+
+
+def _holder(row: tuple[Any, ...] | None) -> Holder | None:
+    return None if row is None or row[4] is None else Holder(row[4], row[5])
 
 
 def _cursor(row: tuple[Any, ...]) -> Cursor:
@@ -79,13 +86,10 @@ def save_values(update: CursorUpdate) -> tuple[object, ...]:
 
 def _save_one(db: sqlite3.Connection, update: CursorUpdate) -> bool:
     """Write one cursor where its holder still has the device; a floor never moves back."""
-    who = (update.user, update.device, *update.holder)
-    row = db.execute(
-        "SELECT incarnation, sequence FROM cursors WHERE user = ? AND device = ? AND gateway = ? AND session = ?", who
-    ).fetchone()
-    if row is None:
+    row = _row(db, update)
+    if row is None or _holder(row) != update.holder:
         return False
-    floor = max(Position(*row), update.cursor.floor)
+    floor = max(Position(row[0], row[1]), update.cursor.floor)
     acked = frozenset(position for position in update.cursor.acked if position > floor)
     attempts = {position: count for position, count in update.cursor.attempts.items() if position > floor}
     db.execute(_SAVE, save_values(update._replace(cursor=Cursor(floor, acked, attempts))))

@@ -10,7 +10,7 @@ import sqlite3
 from collections.abc import Iterator
 from typing import Any, Final, NamedTuple
 
-from tidings.store.port import UNREAD_CAP, Delivered, InboxItem, InboxPage, PageQuery
+from tidings.store.port import MISSED_CAP, UNREAD_CAP, Delivered, InboxItem, InboxPage, PageQuery
 from tidings.wire.position import Position
 
 __all__ = ["LAST", "NOWHERE", "Watermarks", "between", "missed", "page", "unread", "watermarks"]
@@ -75,7 +75,7 @@ _ALL_ARCHIVED: Final = _Source("", "1")
 _WATERMARKS: Final = "SELECT as_, incarnation, sequence FROM watermarks WHERE user = ?"
 _BETWEEN: Final = f"""SELECT {_COLUMNS} FROM inbox WHERE {_RANGE} AND body IS NOT NULL
     ORDER BY incarnation, sequence LIMIT :count"""
-_MISSED: Final = f"SELECT count(*) FROM inbox WHERE {_RANGE} AND body IS NOT NULL"
+_MISSED: Final = f"SELECT count(*) FROM (SELECT 1 FROM inbox WHERE {_RANGE} AND body IS NOT NULL LIMIT {MISSED_CAP})"
 
 
 def watermarks(db: sqlite3.Connection, user: str) -> Watermarks:

@@ -15,6 +15,7 @@ from tidings.store.port import (
     InboxItem,
     InboxPage,
     InboxRow,
+    Lost,
     MarkAllAs,
     PageQuery,
 )
@@ -81,7 +82,7 @@ class SqliteStore:
     async def claim(self, user: str, device: str, holder: Holder, floor: Position) -> Claimed:
         return await self._database.write(lambda db: cursors.claim(db, user, device, holder, floor))
 
-    async def save(self, updates: Sequence[CursorUpdate]) -> list[Holder]:
+    async def save(self, updates: Sequence[CursorUpdate]) -> list[Lost]:
         values = [cursors.save_values(update) for update in updates]
         return await self._database.write(lambda db: cursors.save(db, updates, values))
 
