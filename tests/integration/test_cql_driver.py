@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from itertools import count
 from types import SimpleNamespace, TracebackType
 from typing import Any, Final, Self
 
@@ -541,19 +542,20 @@ async def test_answers_from_the_real_server_in_pieces(where: Where, monkeypatch:
 
 
 @pytest.fixture
-def driven(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def driven(monkeypatch: pytest.MonkeyPatch) -> list[Write]:
     """The writes that the driver got."""
-    real, seen = Database.write, []
+    real = Database._insist
+    seen: list[Write] = []
 
-    async def write(self: Database, statement: Any) -> None:
-        seen.append(statement)
-        await real(self, statement)
+    async def insist(self: Database, write: Write) -> None:
+        seen.append(write)
+        await real(self, write)
 
-    monkeypatch.setattr(Database, "write", write)
+    monkeypatch.setattr(Database, "_insist", insist)
     return seen
 
 
-async def test_a_statement_that_the_server_forgot(client: Client, driven: list[Any]) -> None:
+async def test_a_statement_that_the_server_forgot(client: Client, driven: list[Write]) -> None:
     """Prepared anew by the driver, which writes what was answered with an error; the next ones need it no more."""
     database = client.database
     table = f"forgotten_{secrets.token_hex(4)}"
@@ -581,7 +583,7 @@ async def test_a_statement_that_the_server_forgot(client: Client, driven: list[A
     await client.is_at_rest()
 
 
-async def test_a_write_that_the_server_refuses(client: Client, driven: list[Any]) -> None:
+async def test_a_write_that_the_server_refuses(client: Client, driven: list[Write]) -> None:
     """The one is refused by a sentence of the server's, and all others of its group are durable."""
     bad = client.write("bad", b"x", user="u" * 70_000)
     with pytest.raises(StatementRefused, match="65535"):
@@ -646,6 +648,46 @@ async def test_late_answers(hasty: Client, line: Line) -> None:
         await hasty.has(20, f"good{round_}-")
         # The server had got them.
         await hasty.has(20, f"late{round_}-")
+
+
+class HangingNode:
+    """A node beside the real one that takes every write and answers none: its pool, and the pool's one connection."""
+
+    is_shutdown = False
+    is_closed = False
+    in_flight, max_request_id = 0, 1
+
+    def __init__(self) -> None:
+        self._connections = {None: self}
+        self.host = "hanging"
+        self.taken: list[Write] = []
+
+    def reserve(self, group: Group, write: Write) -> int | None:
+        self.taken.append(write)
+        return len(self.taken)
+
+    def push(self, data: bytes) -> None:
+        pass
+
+    def give_up(self, group: Group) -> list[Write]:
+        return self.taken
+
+
+async def test_a_node_that_hangs(hasty: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one node of several takes and does not confirm is written through the others."""
+    node = HangingNode()
+    route, turn = Express._route, count()
+
+    def every_second(express: Express, key: bytes) -> object:
+        return node if next(turn) % 2 else route(express, key)
+
+    monkeypatch.setattr(Express, "_route", every_second)
+    monkeypatch.setitem(hasty.database.session._pools, "hanging", node)
+    writes = hasty.some(40, "hang-")
+    async with asyncio.timeout(PATIENCE_S):
+        await hasty.database.write_all(writes)
+    assert len(node.taken) == 20
+    await hasty.has(40, "hang-")
 
 
 async def test_a_caller_who_leaves(far: Client, line: Line) -> None:

@@ -16,7 +16,7 @@ import pytest
 from support.clock import PATIENCE_S
 from support.cql import query
 from tidings.store.cql import CqlStore, Where, parse_url, schema
-from tidings.store.cql.database import Database, StatementRefused
+from tidings.store.cql.database import Database, StatementRefused, check_datacenter
 from tidings.store.cql.encoding import BUCKET_NS, bucket_of, pack
 from tidings.store.port import Delivered, DeliveredMark, InboxItem, InboxRow, PageQuery
 from tidings.wire.errors import BadSettings, StoreUnavailable
@@ -68,7 +68,7 @@ async def is_complete(where: Where) -> None:
     async with asyncio.timeout(PATIENCE_S):
         while await query(where, "SELECT owner FROM schema_lock"):
             await asyncio.sleep(0.05)
-    assert await schema.pending(where) == []
+    assert await schema.pending(where, LOCAL) == []
     async with opened(where) as store:
         await store.check()
         await store.append([row(1, time.time_ns())])
@@ -108,11 +108,11 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sent | None, Sent | None]
 
 async def test_applying_twice_is_applying_once(where: Where) -> None:
     """The first time makes the keyspace and applies all files, later ones find nothing to do and keep what is there."""
-    assert await schema.apply(where, "simple:1", development=True) == FILES
+    assert await schema.apply(where, LOCAL) == FILES
     async with opened(where) as store:
         await store.append([row(7, time.time_ns())])
     for _ in range(2):
-        assert await schema.pending(where) == []
+        assert await schema.pending(where, LOCAL) == []
         assert await schema.apply(where, "") == []
     async with opened(where) as store:
         assert [item.body for item in await everything(store)] == [b"7"]
@@ -126,8 +126,8 @@ async def is_complete_but_for_rows(where: Where) -> None:
 
 async def test_pending_before_anything(where: Where) -> None:
     """What is to be applied to a keyspace that is not there is everything, and asking makes nothing."""
-    assert await schema.pending(where) == FILES
-    assert await schema.pending(where) == FILES
+    assert await schema.pending(where, LOCAL) == FILES
+    assert await schema.pending(where, LOCAL) == FILES
     with pytest.raises(StoreUnavailable):
         await CqlStore(where).open()
 
@@ -187,7 +187,8 @@ async def test_dying_half_way_costs_nothing(where: Where, how: str, sent: Any, m
         try:
             applied = await schema.apply(where, LOCAL)
             break
-        except Died:
+        except StoreUnavailable:
+            # Of its end, or of the lock that it held for too long.
             pass
     assert steps > sum(len(migration.statements) for migration in schema.migrations())
     assert applied in ([], FILES)
@@ -351,7 +352,7 @@ async def test_only_what_is_new_is_applied(where: Where, folder: Path, sent: Any
         texts.append(text)
 
     await refuses(where, rf"has schema {len(FILES)} and this version of Tidings needs {len(FILES) + 2}")
-    assert await schema.pending(where) == names
+    assert await schema.pending(where, LOCAL) == names
     sent(before=note)
     assert await schema.apply(where, LOCAL) == names
     assert not any("EXISTS inbox" in text for text in texts)
@@ -373,12 +374,18 @@ async def test_a_statement_that_the_server_refuses(where: Where, folder: Path) -
 
 
 async def test_copies_of_each_datacenter(where: Where, cql_url: str) -> None:
-    """The keyspace is made with the copies that the setting says, which a later setting does not change."""
+    """The keyspace is made with the copies that the setting says; to change them later is an operator's work."""
     await schema.apply(where, LOCAL)
     expected = {"class": "org.apache.cassandra.locator.NetworkTopologyStrategy", "datacenter1": "1"}
     assert await replication(where, cql_url) == expected
-    assert await schema.apply(where, "datacenter1:2") == []
+    with pytest.raises(BadSettings, match=r"has datacenter1:1 and cql_replication is datacenter1:2.*ALTER KEYSPACE"):
+        await schema.apply(where, "datacenter1:2")
+    with pytest.raises(BadSettings, match="has datacenter1:1"):
+        await schema.pending(where, "datacenter1:2")
     assert await replication(where, cql_url) == expected
+    for same in (LOCAL, ""):
+        assert await schema.apply(where, same) == []
+        assert await schema.pending(where, same) == []
     async with opened(where._replace(datacenter="datacenter1")) as store:
         await store.check()
 
@@ -388,6 +395,36 @@ async def test_simple_copies_in_development(where: Where, cql_url: str) -> None:
     await schema.apply(where, "simple:1", development=True)
     expected = {"class": "org.apache.cassandra.locator.SimpleStrategy", "replication_factor": "1"}
     assert await replication(where, cql_url) == expected
+    assert await schema.apply(where, "simple:1", development=True) == []
+    for refused in (schema.apply(where, LOCAL), schema.apply(where, ""), schema.pending(where, LOCAL)):
+        with pytest.raises(BadSettings, match=r"SimpleStrategy, which knows no datacenters.*ALTER KEYSPACE"):
+            await refused
+
+
+def test_which_datacenter(where: Where) -> None:
+    """Agents in one of several datacenters are told which; of one alone they need not be."""
+    check_datacenter(where, {"dc1"})
+    check_datacenter(where._replace(datacenter="dc2"), {"dc1", "dc2"})
+    with pytest.raises(StoreUnavailable, match=r"datacenters dc1, dc2: add [?]datacenter="):
+        check_datacenter(where, {"dc2", "dc1"})
+    with pytest.raises(StoreUnavailable, match="has no datacenter dc3: it is in dc1, dc2"):
+        check_datacenter(where._replace(datacenter="dc3"), {"dc2", "dc1"})
+
+
+async def test_the_lock_is_lost(where: Where, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who took so long that another one may have begun stops."""
+    change = schema._change
+
+    async def slow(database: Database, statement: str) -> None:
+        await change(database, statement)
+        if "EXISTS inbox " in statement:
+            await database.query(f"DELETE FROM {where.keyspace}.schema_lock WHERE name = 'tidings'")
+
+    monkeypatch.setattr(schema, "_change", slow)
+    with pytest.raises(StoreUnavailable, match=r"lock on the schema of .* was lost"):
+        await schema.apply(where, LOCAL)
+    monkeypatch.undo()
+    assert await schema.apply(where, LOCAL) == FILES
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,9 @@ async def _plan(connection: Connection, settings: Settings) -> None:
 
     changes = [change.text for change in await topology.plan(connection, settings)]
     if is_cql(settings.store_url):
-        changes += [f"apply {file} to the store" for file in await _schema().pending(_where(settings))]
+        changes += [
+            f"apply {file} to the store" for file in await _schema().pending(_where(settings), settings.cql_replication)
+        ]
     for change in changes:
         print(change)
     print(f"{len(changes)} to do: `tidings topology apply` does it" if changes else "nothing to do")

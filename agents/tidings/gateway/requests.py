@@ -71,10 +71,16 @@ class Requests:
             await store.mark(user, mark.positions, mark.as_)
             told.append(frames.state([str(position) for position in mark.positions], mark.as_))
         socket.send(done)
-        badge = frames.count(await store.unread(user))
         # The device that asked knows its own mark; the badge is news to all.
-        await self._hub.tell_user(user, [*told, badge], but=session)
-        socket.send(badge)
+        try:
+            badge = frames.count(await store.unread(user))
+            await self._hub.tell_user(user, [*told, badge], but=session)
+        except StoreUnavailable as error:
+            # The mark is made and was answered; what remains are courtesies.
+            self._hub.tell_here(user, told, but=session)
+            log.warning("the devices of session %s's user were not all told of a mark: %s", session.id, error)
+        else:
+            socket.send(badge)
 
     def _newest(self, session: Session) -> Position:
         """Nothing above it can have been shown to the user by this session or the inbox."""

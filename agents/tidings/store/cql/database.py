@@ -10,7 +10,7 @@ import asyncio
 import logging
 import re
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from cassandra import ConsistencyLevel, DriverException, RequestValidationException
@@ -33,10 +33,10 @@ from tidings.wire.errors import StoreUnavailable
 from .express import Express, Group, Write
 from .reactor import LoopConnection, connection_class
 
-__all__ = ["Database", "StatementRefused", "Where"]
+__all__ = ["Database", "StatementRefused", "Where", "check_datacenter"]
 
-_READ: Final = "read"
-"""The execution profile of reads: a second node is asked when the first takes long."""
+_PATIENT: Final = "patient"
+"""An execution profile: further nodes are asked when one takes long."""
 
 _SPECULATE_AFTER_S: Final = 0.2
 _PROTOCOL: Final = 4
@@ -76,6 +76,18 @@ class Where(NamedTuple):
 
     def __str__(self) -> str:
         return f"cql://{','.join(self.hosts)}:{self.port}/{self.keyspace}"
+
+
+def check_datacenter(where: Where, known: Collection[str]) -> None:
+    """Raise `StoreUnavailable` unless the agents know which of the cluster's datacenters is theirs.
+
+    A device that moved between agents in two datacenters would be read, at LOCAL_QUORUM, before it was written there.
+    """
+    names = ", ".join(sorted(known))
+    if where.datacenter is None and len(known) > 1:
+        raise StoreUnavailable(f"the store {where} is in the datacenters {names}: add ?datacenter= to its URL")
+    if where.datacenter is not None and where.datacenter not in known:
+        raise StoreUnavailable(f"the store {where} has no datacenter {where.datacenter}: it is in {names}")
 
 
 class _One:
@@ -129,10 +141,13 @@ class Database:
         reactor = connection_class(self.loop, self._lost)
         try:
             await asyncio.to_thread(self._connect, reactor)
+            check_datacenter(self.where, {host.datacenter for host in self._cluster.metadata.all_hosts()})
             self._express = Express(self._session, self.where.keyspace)
-        except _ERRORS as error:
+        except BaseException as error:
             await self.close()
-            raise self.failure(error) from error
+            if isinstance(error, _ERRORS):
+                raise self.failure(error) from error
+            raise
 
     def _connect(self, reactor: type) -> None:
         where = self.where
@@ -144,7 +159,7 @@ class Database:
             "request_timeout": where.timeout_s,
             "row_factory": tuple_factory,
         }
-        speculation = ConstantSpeculativeExecutionPolicy(_SPECULATE_AFTER_S, 1)
+        speculation = ConstantSpeculativeExecutionPolicy(_SPECULATE_AFTER_S, 2)
         self._cluster = Cluster(
             list(where.hosts),
             port=where.port,
@@ -153,7 +168,7 @@ class Database:
             protocol_version=_PROTOCOL,
             execution_profiles={
                 EXEC_PROFILE_DEFAULT: ExecutionProfile(**common),
-                _READ: ExecutionProfile(**common, speculative_execution_policy=speculation),
+                _PATIENT: ExecutionProfile(**common, speculative_execution_policy=speculation),
             },
             reconnection_policy=ExponentialReconnectionPolicy(0.2, 5.0),
             connect_timeout=max(2.0, where.timeout_s),
@@ -211,7 +226,7 @@ class Database:
 
     async def read(self, statement: PreparedStatement, *values: object) -> list[Any]:
         """The rows as tuples."""
-        return await self._run(statement.bind(values), _READ)
+        return await self._run(statement.bind(values), _PATIENT)
 
     async def write(self, statement: BoundStatement | BatchStatement) -> None:
         """One statement, or one batch of one partition."""
@@ -260,21 +275,29 @@ class Database:
             await self._write_some(writes[at : at + size])
 
     async def _write_some(self, writes: Sequence[Write]) -> None:
-        session = self.session
+        pools = tuple(pool for pool in self.session._pools.values() if not pool.is_shutdown)
         group = Group(len(writes), self.loop.create_future())
         for write in writes:
             self._express.send(write, group)
         try:
-            async with asyncio.timeout(self.where.timeout_s):
+            async with asyncio.timeout(self.where.timeout_s / (2 if len(pools) > 1 else 1)):
                 await group.future
         except TimeoutError:
-            for pool in tuple(session._pools.values()):
-                for connection in tuple(pool._connections.values()):
-                    connection.give_up(group)
-            missing = f"{group.left} of {len(writes)} writes"
-            raise StoreUnavailable(f"the store {self.where} did not confirm {missing} in time") from None
-        if group.failed:
-            await asyncio.gather(*(self.write(self._express.bound(write)) for write in group.failed))
+            left = [
+                write
+                for pool in pools
+                for connection in tuple(pool._connections.values())
+                for write in connection.give_up(group)
+            ]
+            if len(pools) < 2:
+                missing = f"{len(left)} of {len(writes)} writes"
+                raise StoreUnavailable(f"the store {self.where} did not confirm {missing} in time") from None
+            group.failed += left
+        await asyncio.gather(*(self._insist(write) for write in group.failed))
+
+    async def _insist(self, write: Write) -> None:
+        """By the driver, which asks further nodes where the first hangs: one more than a quorum may."""
+        await self._run(self._express.bound(write), _PATIENT)
 
     @staticmethod
     def batch(statements: Iterable[BoundStatement]) -> BatchStatement:

@@ -156,11 +156,14 @@ class LoopConnection(Connection):  # type: ignore[misc]  # the driver is not typ
         self._express[stream] = group, write
         return stream
 
-    def give_up(self, group: Group) -> None:
-        """Wait no longer for the answers to a group's writes; their stream ids are free when they come."""
+    def give_up(self, group: Group) -> list[Write]:
+        """Wait no longer for the answers to a group's writes, and return them; their ids are free when they come."""
+        left = []
         for stream, entry in self._express.items():
             if entry is not None and entry[0] is group:
                 self._express[stream] = None
+                left.append(entry[1])
+        return left
 
     def lost(self, error: Exception | None) -> None:
         if error is not None:

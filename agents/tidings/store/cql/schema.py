@@ -114,42 +114,66 @@ async def verify(database: Database) -> None:
 async def apply(where: Where, replication: str, *, development: bool = False) -> list[str]:
     """Make the keyspace and bring its schema up to date; returns the files that were applied.
 
-    An existing keyspace keeps its replication; `replication` (see `parse_replication`) is for a new one.
+    `replication` (see `parse_replication`) is for a new keyspace. One that exists keeps what it has, and has to have
+    what the setting says: nobody but an operator knows when its nodes can be repaired.
     """
     database = Database(where)
     await database.connect()
     try:
         keyspace = where.keyspace
-        if await _version(database, keyspace) >= len(migrations()):
-            return []
-        if not await _exists(database, keyspace):
+        if not await _has_copies(database, replication, development=development):
             replicas = parse_replication(replication, development=development)
             await _change(database, f"CREATE KEYSPACE IF NOT EXISTS {keyspace} WITH replication = {replicas}")
+        elif await _version(database, keyspace) >= len(migrations()):
+            return []
         await _when_known(database, f"USE {keyspace}")
         await _when_known(database, _LOCK_TABLE)
         owner = secrets.token_hex(8)
         await _lock(database, keyspace, owner)
         try:
-            return await _apply(database, keyspace)
+            return await _apply(database, keyspace, owner)
         finally:
             await database.query(f"DELETE FROM {keyspace}.schema_lock WHERE name = 'tidings' IF owner = %s", owner)
     finally:
         await database.close()
 
 
-async def pending(where: Where) -> list[str]:
-    """The files that `apply` would apply."""
+async def pending(where: Where, replication: str) -> list[str]:
+    """The files that `apply` would apply; raises `BadSettings` where that would."""
     database = Database(where)
     await database.connect()
     try:
+        if not await _has_copies(database, replication, development=False):
+            parse_replication(replication, development=False)
         return [migration.file for migration in migrations()[await _version(database, where.keyspace) :]]
     finally:
         await database.close()
 
 
-async def _exists(database: Database, keyspace: str) -> bool:
-    query = "SELECT keyspace_name FROM system_schema.keyspaces WHERE keyspace_name = %s"
-    return bool(await database.query(query, keyspace))
+async def _has_copies(database: Database, replication: str, *, development: bool) -> bool:
+    """If the keyspace exists. Raises `BadSettings` where its copies are not the ones that the setting says."""
+    query = "SELECT replication FROM system_schema.keyspaces WHERE keyspace_name = %s"
+    found = await database.query(query, database.where.keyspace)
+    if not found:
+        return False
+    if development:
+        return True
+    options = dict(found[0][0])
+    strategy = options.pop("class").rpartition(".")[2]
+    change = f"ALTER KEYSPACE {database.where.keyspace} WITH replication = "
+    if strategy == "SimpleStrategy":
+        raise BadSettings(
+            f"the store {database.where} has SimpleStrategy, which knows no datacenters and is for development: "
+            f"{change}{{'class': 'NetworkTopologyStrategy', 'dc1': 3}}, then repair it"
+        )
+    has = sorted(f"{name}:{copies}" for name, copies in options.items())
+    wanted = parse_replication(replication, development=False) if replication else ""
+    if wanted and sorted(part.strip() for part in replication.split(",")) != has:
+        raise BadSettings(
+            f"the store {database.where} has {','.join(has)} and cql_replication is {replication}: set it to what is "
+            f"there, or {change}{wanted}, and repair it"
+        )
+    return True
 
 
 async def _change(database: Database, statement: str) -> None:
@@ -186,12 +210,18 @@ async def _lock(database: Database, keyspace: str, owner: str) -> None:
         await asyncio.sleep(0.2)
 
 
-async def _apply(database: Database, keyspace: str) -> list[str]:
+async def _apply(database: Database, keyspace: str, owner: str) -> list[str]:
     await _change(database, _TABLE)
     applied = []
     version = await _version(database, keyspace)
     for migration in migrations()[version:]:
         for statement in migration.statements:
+            # A statement takes up to half as long as the lock is held.
+            renew = (
+                f"UPDATE {keyspace}.schema_lock USING TTL {_LOCK_S} SET owner = %s WHERE name = 'tidings' IF owner = %s"
+            )
+            if not (await database.query(renew, owner, owner, timeout_s=_DDL_TIMEOUT_S))[0][0]:
+                raise StoreUnavailable(f"the lock on the schema of {database.where} was lost: try again")
             await _change(database, statement)
         await database.query(
             f"INSERT INTO {keyspace}.schema_versions (name, version, file) VALUES ('tidings', %s, %s)",
