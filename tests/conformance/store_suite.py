@@ -22,6 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_a
 
 from support.clock import PATIENCE_S
 from tidings.store.port import (
+    MISSED_CAP,
     UNREAD_CAP,
     Claimed,
     Cursor,
@@ -304,9 +305,24 @@ class StoreConformance:
         assert await store.missed(ALICE, at(5), at(99)) == 0
 
     async def test_missed_is_exact(self, store: Store) -> None:
-        """`missed` counts on where a page and the badge have long stopped."""
-        await store.append(rows(ALICE, *range(1, 1501)))
-        assert await store.missed(ALICE, at(1), NEWEST) == 1499
+        """`missed` counts on where a page and the badge have long stopped, up to its cap."""
+        await store.append(rows(ALICE, *range(1, MISSED_CAP + 3)))
+        assert await store.missed(ALICE, at(1501), at(3000)) == 1499
+        for behind, missed in ((0, MISSED_CAP), (1, MISSED_CAP), (2, MISSED_CAP), (3, MISSED_CAP - 1)):
+            assert await store.missed(ALICE, at(behind), NEWEST) == missed
+
+    async def test_thousands_read_one_by_one(self, store: Store) -> None:
+        """Whoever reads each of thousands has an inbox as ever."""
+        await store.append(rows(ALICE, *range(1, 3001)))
+        for first in range(1, 3000, 100):
+            await store.mark(
+                ALICE, [at(number) for number in range(first, first + 100) if number not in (7, 3000)], "read"
+            )
+        assert await store.unread(ALICE) == 2
+        assert await listed(store, ALICE, PageQuery(filter="unread")) == [3000, 7]
+        await store.mark_all(ALICE, at(2999), "archived")
+        assert await listed(store, ALICE, PageQuery()) == [3000]
+        assert await store.unread(ALICE) == 1
 
     async def test_unread(self, store: Store) -> None:
         """The badge counts what is neither read nor archived, and stops at its cap."""
