@@ -282,6 +282,21 @@ async def test_stop_without_drain(makers: Makers, kind: str) -> None:
     assert service.state is State.STOPPED
 
 
+@pytest.mark.parametrize("how", ["stop", "cancel"])
+@pytest.mark.parametrize("kind", KINDS)
+async def test_interrupted_at_every_await_of_its_start(makers: Makers, kind: str, how: str) -> None:
+    """A start that is stopped or cancelled while it waits, for whatever, has released everything when that returns."""
+    at = 1
+    while True:
+        async with nothing_left():
+            came_so_far = await interrupt_start(makers.make(kind), at, how)
+            makers.check_no_process()
+        if not came_so_far:
+            break
+        at += FEWER.get(kind, 1)
+    assert at > 3, "a start waits for several things"
+
+
 async def test_server_stopped_while_it_is_started_again(makers: Makers) -> None:
     """A server that is stopped at any await of its second start leaves no process."""
     for at in range(1, 8):
@@ -575,6 +590,24 @@ async def interrupt(open: Awaitable[Any], at: int) -> bool:
     return interrupted.came_so_far
 
 
+async def test_connecting_is_cancelled_at_every_await(makers: Makers) -> None:
+    """A connection to NATS that its maker did not wait for is closed."""
+    at, came_so_far = 1, True
+    while came_so_far:
+        made: list[Connection] = []
+
+        async def make(made: list[Connection] = made) -> None:
+            made.append(await connect(makers.mesh.settings, "test"))
+
+        async with nothing_left():
+            came_so_far = await interrupt(make(), at)
+            for connection in made:
+                await connection.finish()
+                await connection.finish()
+        at += 1
+    assert at > 2
+
+
 async def test_connection_is_closed_in_every_order(makers: Makers) -> None:
     """Finished twice, at the same time, after a close, and while nobody is there."""
     first = await connect(makers.mesh.settings, "test")
@@ -618,6 +651,21 @@ async def test_publisher_in_every_order(makers: Makers) -> None:
         with pytest.raises(StreamUnavailable):
             await nobody.open()
         await nobody.close()
+
+
+async def test_publisher_is_cancelled_at_every_await(makers: Makers) -> None:
+    """An `async with` that is cancelled on its way in leaves nothing, although its way out is never called."""
+    at, came_so_far = 1, True
+    while came_so_far:
+
+        async def publish() -> None:
+            async with Publisher(makers.mesh.settings) as publisher:
+                await publisher.publish("alice", "test.made")
+
+        async with nothing_left():
+            came_so_far = await interrupt(publish(), at)
+        at += 1
+    assert at > 3
 
 
 @asynccontextmanager
@@ -688,6 +736,19 @@ async def interrupt_client(client: Client, at: int, how: str) -> bool:
     assert outcome is None or isinstance(outcome, asyncio.CancelledError | ConnectionLost), repr(outcome)
     assert await ended(*closes) == [None] * len(closes)
     return interrupted.came_so_far
+
+
+async def test_client_is_cancelled_or_closed_at_every_await(makers: Makers) -> None:
+    """A client that is cancelled on its way in or at work, or closed in the meantime, leaves nothing."""
+
+    async with gateway_for_clients(makers) as url:
+        for how in ("cancel", "close"):
+            at, came_so_far = 1, True
+            while came_so_far:
+                async with nothing_left():
+                    came_so_far = await interrupt_client(client_of(url), at, how)
+                at += 1
+            assert at > 4
 
 
 async def test_client_is_closed_at_every_turn_of_its_loop(makers: Makers) -> None:

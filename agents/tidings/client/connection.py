@@ -207,10 +207,12 @@ class Connection:
 
 async def _end(link: Link | None, writer: asyncio.Task[None] | None, farewell: int) -> None:
     """Leave nothing of a connection behind."""
-    if writer is not None:
-        writer.cancel()
-        await asyncio.wait([writer])
-    if link is not None:
-        await link.close(farewell)
+    try:
+        if writer is not None:
+            writer.cancel()
+            await asyncio.wait([writer])
+    finally:
+        if link is not None:
+            await link.close(farewell)
     if writer is not None and not writer.cancelled():
         writer.result()

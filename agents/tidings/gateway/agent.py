@@ -107,7 +107,13 @@ class Gateway(Service):
         host, port = self._settings.host, self._settings.port
         site = web.TCPSite(self._runner, host, port, backlog=4096)
         try:
-            await site.start()
+            # Cancelled half-way, asyncio would leave a socket that listens and that nobody has.
+            listening = asyncio.ensure_future(site.start())
+            try:
+                await asyncio.shield(listening)
+            except asyncio.CancelledError:
+                await asyncio.wait([listening])
+                raise
         except OSError as error:
             raise StartFailed(
                 f"the gateway cannot listen on {host}:{port}: {error.strerror or error}. Is something else running "

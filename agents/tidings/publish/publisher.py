@@ -79,7 +79,11 @@ class Publisher:
         else:
             settings = Settings(nats_url=self._given) if isinstance(self._given, str) else self._given
             self._connection = await connect(settings, "tidings-publisher")
-        self._listening = await self._connection.listen(f"{self._inbox}*", self._answered)
+        try:
+            self._listening = await self._connection.listen(f"{self._inbox}*", self._answered)
+        except BaseException:
+            await self.close()
+            raise
 
     async def close(self) -> None:
         """Let go. What is under way raises `PublishUnconfirmed`. Closing twice is fine."""

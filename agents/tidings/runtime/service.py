@@ -110,9 +110,11 @@ class Service:
             await asyncio.wait([self._starting])
         await self._end_tasks()
         if was is not State.NEW:
-            await self._stop()
-            # What was spawned meanwhile, as by a reconnect at that moment.
-            await self._end_tasks()
+            try:
+                await self._stop()
+            finally:
+                # What was spawned meanwhile, as by a reconnect at that moment.
+                await self._end_tasks()
         if self._failed is not None and not self._failed.done():
             self._failed.cancel()
 

@@ -192,7 +192,22 @@ class Connection(Client):
                 await self.flush()
         except (nats.errors.Error, OSError, TimeoutError) as error:
             log.debug("the last messages to NATS may be lost: %s", error or type(error).__name__)
-        await self.close()
+        finally:
+            # To its end, whoever gives up waiting.
+            await asyncio.shield(asyncio.ensure_future(self._close_for_good()))
+
+    async def _close_for_good(self) -> None:
+        try:
+            await self.close()
+        except OSError as error:
+            # nats-py stops half-way when the server goes while it writes the last bytes.
+            log.debug("the connection to NATS broke while it was closed: %s", error)
+            for subscription in self._subs.values():
+                if subscription._wait_for_msgs_task is not None:
+                    subscription._wait_for_msgs_task.cancel()
+            self._subs.clear()
+            if self._transport is not None:
+                self._transport.close()
 
     async def api(self, request: str, body: Any = None) -> dict[str, Any]:
         """Ask ``$JS.API.<request>``; raises `ApiError`, or `StreamUnavailable` when nobody answers."""
