@@ -65,8 +65,8 @@ class Door:
                 try:
                     await _Conversation(self._hub, self._requests, session, socket).run()
                 finally:
-                    # Only a goodbye (1000) needs no session to come back to; 1001 is a page that reloads.
-                    self._hub.detach(session, socket, linger=response.close_code != codes.NORMAL.code)
+                    # Only a goodbye needs no session to come back to.
+                    self._hub.detach(session, socket, linger=not socket.goodbye)
         except _Refused as refused:
             log.debug("a connection was refused: %s", refused)
             farewell = frames.error(refused.code or refused.close.name, str(refused))

@@ -30,6 +30,7 @@ _PING: Final = b"\x89\x00"
 _SMALL: Final = 126
 _MEDIUM: Final = 65_536
 _CLOSE_WAIT_S: Final = 2.0
+_NORMAL: Final = 1000
 _QUEUE_BYTES: Final = 65_536
 _OURS: Final = {
     WSCloseCode.MESSAGE_TOO_BIG: codes.FRAME_TOO_LARGE,
@@ -48,16 +49,21 @@ class _Frames(WebSocketDataQueue):
     handle: Callable[[str], None] | None = None
 
     def feed_data(self, data: Any, size: int) -> None:
-        if self.handle is None or data.type is not WSMsgType.TEXT:
-            super().feed_data(data, size)
-        else:
+        if self.handle is not None and data.type is WSMsgType.TEXT:
             self.handle(data.data)
+            return
+        if data.type is not WSMsgType.PING and data.type is not WSMsgType.PONG:
+            # It ends the conversation: whatever text follows in the same segment is not heard.
+            self.handle = None
+        super().feed_data(data, size)
 
 
 class _Response(web.WebSocketResponse):
     """aiohttp's WebSocket, closing with our codes where the client broke the protocol."""
 
     frames: _Frames
+    dismissed = False
+    """A close frame was sent already, by `Socket`."""
 
     def _post_start(self, request: web.BaseRequest, protocol: str | None, writer: WebSocketWriter) -> None:
         # As aiohttp's own, less its timers, with our queue.
@@ -69,6 +75,8 @@ class _Response(web.WebSocketResponse):
         request.protocol.keep_alive(False)
 
     async def close(self, *, code: int = WSCloseCode.OK, message: bytes = b"", drain: bool = True) -> bool:
+        if self.dismissed:
+            return False
         verdict = _OURS.get(code)  # type: ignore[call-overload]
         if verdict is not None:
             code, message = verdict.code, verdict.name.encode()
@@ -78,7 +86,20 @@ class _Response(web.WebSocketResponse):
 class Socket:
     """An accepted WebSocket. 14 KB, nearly all of it aiohttp's; no timer and no task but aiohttp's own handler."""
 
-    __slots__ = ("_closing", "_drain", "_ending", "_limit", "_response", "_transport", "heard", "pinged", "stalled")
+    __slots__ = (
+        "_closing",
+        "_drain",
+        "_ending",
+        "_limit",
+        "_over",
+        "_reading",
+        "_response",
+        "_transport",
+        "goodbye",
+        "heard",
+        "pinged",
+        "stalled",
+    )
 
     def __init__(self, frame_max_bytes: int, write_buffer_bytes: int) -> None:
         self._response = _Response(
@@ -93,6 +114,11 @@ class Socket:
         self._drain: AbstractStreamWriter | None = None
         self._closing = False
         self._ending: asyncio.Future[None] | None = None
+        self._reading = False
+        self._over: asyncio.Future[None] | None = None
+        """Where a dismissal waits for whoever reads to come to the end of the connection."""
+        self.goodbye = False
+        """The client left of its own accord (1000), for good; 1001 is a page that reloads."""
         self.heard = True
         """Something came since the last heartbeat."""
         self.pinged = False
@@ -151,21 +177,36 @@ class Socket:
         return True
 
     async def receive(self, timeout_s: float | None = None) -> str | bytes | None:
-        """The next data frame; None when the connection has ended. Pings are answered on the way."""
-        while True:
-            message = await self._response.receive(timeout_s)
-            self.heard = True
-            self.pinged = False
-            if message.type is WSMsgType.TEXT or message.type is WSMsgType.BINARY:
-                return message.data  # type: ignore[no-any-return]
-            if message.type is WSMsgType.PING:
-                await self._response.pong(message.data)
-            elif message.type is not WSMsgType.PONG:
-                # aiohttp keeps what broke the connection, and the tracebacks of that would keep the connection.
-                problem = self._response.exception()
-                while problem is not None:
-                    problem = problem.with_traceback(None).__context__
-                return None
+        """The next data frame; None when the connection has ended. Pings are answered on the way.
+
+        Once the client is dismissed nothing but its end is waited for.
+        """
+        self._reading = True
+        try:
+            while True:
+                message = await self._response.receive(timeout_s)
+                self.heard = True
+                self.pinged = False
+                if message.type is WSMsgType.TEXT or message.type is WSMsgType.BINARY:
+                    if not self._closing:
+                        return message.data  # type: ignore[no-any-return]
+                elif message.type is WSMsgType.PING:
+                    if self.open:
+                        await self._response.pong(message.data)
+                elif message.type is not WSMsgType.PONG:
+                    self.goodbye = not self._closing and message.type is WSMsgType.CLOSE and message.data == _NORMAL
+                    self._forget_problem()
+                    return None
+        finally:
+            self._reading = False
+            if self._over is not None and not self._over.done():
+                self._over.set_result(None)
+
+    def _forget_problem(self) -> None:
+        """aiohttp keeps what broke the connection, and the tracebacks of that would keep the connection."""
+        problem = self._response.exception()
+        while problem is not None:
+            problem = problem.with_traceback(None).__context__
 
     async def serve(self, handle: Callable[[str], None]) -> None:
         """Hand each text frame to `handle`, which must not raise, until the connection ends or is dismissed.
@@ -203,8 +244,12 @@ class Socket:
         if self._ending is None:
             if farewell is not None:
                 self.send(farewell)
-            self._closing = True
-            self._ending = asyncio.ensure_future(self._close(reason))
+            if self.open and self._transport is not None:
+                # Not aiohttp's: that waits for an unread buffer, and drops a connection that somebody reads from.
+                body = struct.pack("!H", reason.code) + reason.name.encode()
+                self._transport.write(bytes((0x88, len(body))) + body)
+            self._closing = self._response.dismissed = True
+            self._ending = asyncio.ensure_future(self._see_off())
 
     async def gone(self) -> None:
         """Wait until a dismissal is through. A handler that returned before would close with a reason of its own."""
@@ -216,13 +261,19 @@ class Socket:
         self.dismiss(reason, farewell)
         await self.gone()
 
-    async def _close(self, reason: Close) -> None:
+    async def _see_off(self) -> None:
+        """Give the client the time to read the reason and to answer, and drop the connection."""
         try:
             async with asyncio.timeout(_CLOSE_WAIT_S):
-                await self._response.close(code=reason.code, message=reason.name.encode())
-        except (TimeoutError, ConnectionError, RuntimeError) as problem:
-            log.debug("a socket did not close in order: %s", problem or type(problem).__name__)
-        self.abort()
+                if self._reading:
+                    self._over = asyncio.get_running_loop().create_future()
+                    await self._over
+                elif self._transport is not None and not self._transport.is_closing():
+                    await self.receive()
+        except TimeoutError:
+            log.debug("a client did not answer a close frame in time")
+        finally:
+            self.abort()
 
     def abort(self) -> None:
         """Drop the connection without a word."""

@@ -203,11 +203,13 @@ class Connection(Client):
             # nats-py stops half-way when the server goes while it writes the last bytes.
             log.debug("the connection to NATS broke while it was closed: %s", error)
             for subscription in self._subs.values():
-                if subscription._wait_for_msgs_task is not None:
-                    subscription._wait_for_msgs_task.cancel()
+                task: asyncio.Task[None] | None = subscription._wait_for_msgs_task
+                if task is not None:
+                    task.cancel()
             self._subs.clear()
-            if self._transport is not None:
-                self._transport.close()
+            transport: Any = self._transport
+            if transport is not None:
+                transport.close()
 
     async def api(self, request: str, body: Any = None) -> dict[str, Any]:
         """Ask ``$JS.API.<request>``; raises `ApiError`, or `StreamUnavailable` when nobody answers."""
