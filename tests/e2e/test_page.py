@@ -13,7 +13,7 @@ from playwright.async_api import Locator, Page, expect
 
 from support.browser import open_page
 from support.command import answer
-from support.dev import Dev, dev
+from support.dev import Dev, dev, in_inbox
 
 
 @pytest.fixture
@@ -135,6 +135,9 @@ async def test_comes_back_by_itself(mesh: Dev) -> None:
         await publish(page, "second", "second")
         await expect(laptop.items).to_have_count(2)
         await expect(phone.items).to_have_count(2)
+        # What is shown after a reload comes out of the inbox, which follows the delivery.
+        async with mesh.device("alice", "desk") as desk:
+            await in_inbox(desk, "second", "first")
         await page.reload()
         await phone.is_online()
         await expect(phone.items).to_have_count(2)
