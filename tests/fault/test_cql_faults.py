@@ -23,11 +23,12 @@ from websockets.typing import Subprotocol
 
 from support.cassandra import Cassandra
 from support.clock import PATIENCE_S, SCALE, until
-from support.cql import new_keyspace
+from support.cql import new_keyspace, query
 from support.device import Device, Frame
 from support.ledger import stored_ids
 from support.mesh import KEY, PARTITIONS, Agent, Mesh, running_mesh
 from tidings.runtime.tokens import issue
+from tidings.store.cql import parse_url, schema
 from tidings.store.port import UNREAD_CAP
 from tidings.wire import subject
 from tidings.wire.errors import StoreUnavailable
@@ -302,6 +303,24 @@ async def test_server_refuses_at_connect(site: Site, how: str) -> None:
         await is_answered(phone)
         await nothing_is_lost(mesh, {"alice": phone})
         assert (await phone.ask("count"))["unread"] == len(mesh.ledger.accepted["alice"]) - 1 < UNREAD_CAP
+
+
+async def test_a_table_is_missing(site: Site) -> None:
+    """A schema that somebody broke is a store that is down: nothing becomes a dead letter, and mended it goes on."""
+    mesh, where = site.mesh, parse_url(site.url())._replace(timeout_s=20)
+    gateway, inbox = await site.gateway(), await site.inbox()
+    device = await mesh.online(gateway, "alice")
+    before = await mesh.publish("alice", 2)
+    await mesh.stored("alice", *before)
+    await query(where, "DROP TABLE inbox")
+    meanwhile = await mesh.publish("alice", 20)
+    await device.expect(*meanwhile)
+    await said_often(inbox, "rows wait .* for the store", 2)
+    assert await mesh.dead_letters() == []
+    (again,) = (text for text in schema.migrations()[0].statements if "EXISTS inbox (" in text)
+    await query(where, again)
+    await mesh.stored("alice", *meanwhile)
+    assert await mesh.dead_letters() == []
 
 
 @pytest.mark.parametrize("fault", FAULTS)

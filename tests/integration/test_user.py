@@ -107,6 +107,25 @@ async def test_dead_letters_are_erased(mesh: Mesh) -> None:
     assert (await user(mesh, "erase", "alice")).out[1].endswith("dead letters: 0")
 
 
+async def test_dead_letters_of_a_gateway(mesh: Mesh) -> None:
+    """What no device of the user acknowledged is shown, and erased with the rest; another user's stays."""
+    name, other = USERS[1], "bob"
+    gateway, _ = await mesh.gateway(max_deliver=1, ack_wait_s=0.5), await mesh.inbox()
+    for user_ in (name, other):
+        await mesh.online(gateway, user_, auto_ack=False)
+    sent = {user_: (await mesh.publish(user_))[0] for user_ in (name, other)}
+    while len(await mesh.dead_letters()) < 2:
+        pass
+    for user_, id in sent.items():
+        (letter,) = (await exported(mesh, user_))["dead"]
+        assert letter["notification"]["id"] == id
+        assert (letter["headers"]["Tidings-Reason"], letter["headers"]["Tidings-Device"]) == ("undelivered", "phone")
+    ran = await user(mesh, "erase", name)
+    assert any("dead letters: 1" in line for line in ran.out), ran.lines
+    assert "dead" not in await exported(mesh, name)
+    assert len((await exported(mesh, other))["dead"]) == 1
+
+
 async def test_unknown_user(mesh: Mesh) -> None:
     """Of whom nothing is kept nothing is shown, and erasing that is no error."""
     assert await exported(mesh, "nobody") == {}

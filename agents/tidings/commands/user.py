@@ -55,8 +55,8 @@ def _of_state(state: Path) -> dict[str, str]:
 
 
 async def _export(settings: Settings, user: str) -> None:
-    """Print everything kept of a user. One JSON object a line: what the inbox has, its marks and cursors, and what the
-    log still holds, which the inbox has too unless it is newer than a moment.
+    """Print everything kept of a user. One JSON object a line: what the inbox has, its marks and cursors, what the log
+    still holds, which the inbox has too unless it is newer than a moment, and dead letters.
     """
     from tidings.store.factory import open_store_url
     from tidings.stream import records
@@ -69,6 +69,8 @@ async def _export(settings: Settings, user: str) -> None:
         async for entry in store.export(user):
             _print(entry)
         async for entry in records.of_user(connection, user):
+            _print(entry)
+        async for entry in records.dead_of_user(connection, user):
             _print(entry)
     finally:
         await store.close()

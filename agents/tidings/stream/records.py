@@ -17,7 +17,7 @@ from .connection import ApiError, Connection
 from .consumers import NOT_FOUND
 from .topology import DEAD, notify_stream
 
-__all__ = ["newest", "of_user", "purge", "purge_dead"]
+__all__ = ["dead_of_user", "newest", "of_user", "purge", "purge_dead"]
 
 
 async def _place(connection: Connection, user: str) -> tuple[int, int, str]:
@@ -74,6 +74,28 @@ def _body(body: bytes) -> dict[str, Any]:
         return {"base64": base64.b64encode(body).decode()}
 
 
+async def dead_of_user(connection: Connection, user: str) -> AsyncIterator[dict[str, Any]]:
+    """The user's dead letters, as JSON-ready objects. Reads all dead letters."""
+    async for letter, header in _dead(connection, user):
+        yield {
+            "kind": "dead",
+            "stored": letter["time"],
+            "headers": {name: value for name, _, value in (line.partition(": ") for line in header) if value},
+            **_body(base64.b64decode(letter.get("data", ""))),
+        }
+
+
+async def _dead(connection: Connection, user: str) -> AsyncIterator[tuple[dict[str, Any], list[str]]]:
+    """The user's dead letters, each with the lines of its header."""
+    _, _, where = await _place(connection, user)
+    # The inbox agent's letters name the subject, a gateway's name the user.
+    named = {f"Tidings-Origin-Subject: {where}", f"Tidings-User: {subject.escape(user)}"}
+    async for letter in _messages(connection, DEAD, "dead.>"):
+        header = base64.b64decode(letter.get("hdrs", "")).decode("latin-1").split("\r\n")
+        if not named.isdisjoint(header):
+            yield letter, header
+
+
 async def purge(connection: Connection, user: str) -> int:
     """Delete the user's notifications from the log; returns how many."""
     partition, _, where = await _place(connection, user)
@@ -84,13 +106,8 @@ async def purge(connection: Connection, user: str) -> int:
 
 async def purge_dead(connection: Connection, user: str) -> int:
     """Delete the dead letters that were the user's; returns how many. Reads all dead letters."""
-    _, token, where = await _place(connection, user)
-    # The inbox agent's letters name the subject, a gateway's name the user.
-    named = f"Tidings-Origin-Subject: {where}\r\n".encode(), f"Tidings-User: {token}\r\n".encode()
     gone = 0
-    async for letter in _messages(connection, DEAD, "dead.>"):
-        header = base64.b64decode(letter.get("hdrs", ""))
-        if any(line in header for line in named):
-            await connection.api(f"STREAM.MSG.DELETE.{DEAD}", {"seq": letter["seq"]})
-            gone += 1
+    async for letter, _ in _dead(connection, user):
+        await connection.api(f"STREAM.MSG.DELETE.{DEAD}", {"seq": letter["seq"]})
+        gone += 1
     return gone

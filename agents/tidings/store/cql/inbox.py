@@ -53,6 +53,8 @@ _ONE_BUCKET: Final = b"\0\0\0\1\0\0\0\4"
 _SCAN: Final = 2000
 """Rows that one page reads at most to find what fits; a short page for half of a request's time is better than none."""
 _EXPORT: Final = 200
+_LIST_AGAIN_US: Final = 600_000_000
+"""A table that was restored from a backup, or truncated, has forgotten it."""
 _MOST_LISTED: Final = 50_000
 """About a hundred bytes each."""
 _LATE_US: Final = 30 * DAY_US
@@ -67,8 +69,8 @@ class Inbox:
         self._sql = sql
         self._clock = clock
         self._retention_s = retention_s
-        self._listed: dict[bytes, None] = {}
-        """Partition keys of buckets that this process has listed: most notifications go to one of them."""
+        self._listed: dict[bytes, int] = {}
+        """When this process has listed a bucket, by partition key: most notifications go to one of them."""
 
     def _left_s(self, stored_ns: int) -> int:
         """How long what was stored then is kept from now on, in seconds."""
@@ -127,7 +129,7 @@ class Inbox:
             ),
             Write(self._sql["list"], (ttl, at, bucket, user, packed), user),
         )
-        if key in self._listed or key in listed:
+        if key in listed or self._listed.get(key, 0) > self._clock.now() - _LIST_AGAIN_US:
             return writes
         listed.add(key)
         # It outlives the last row of the bucket.
@@ -136,7 +138,7 @@ class Inbox:
 
     def _remember(self, listed: Iterable[bytes]) -> None:
         """These buckets are listed, durably; the oldest of too many are forgotten, and listed again."""
-        self._listed.update(dict.fromkeys(listed))
+        self._listed.update(dict.fromkeys(listed, self._clock.now()))
         for key in list(islice(self._listed, max(0, len(self._listed) - _MOST_LISTED))):
             del self._listed[key]
 
