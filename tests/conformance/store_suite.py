@@ -38,7 +38,7 @@ from tidings.store.port import (
     PageQuery,
     Store,
 )
-from tidings.wire.errors import RowsRefused, StoreUnavailable
+from tidings.wire.errors import RowsRefused, StoreUnavailable, TooManySubscriptions
 from tidings.wire.frames import FILTERS, MARKS, Filter, MarkAs
 from tidings.wire.position import Position
 
@@ -54,6 +54,10 @@ TYPES: Final = ("org.example.even", "org.example.odd")
 TOPICS: Final = (None, "news", "jobs")
 
 Ask = Callable[[Coroutine[Any, Any, Any]], Any]
+
+
+MOST = 10_000
+"""Subscriptions of a user."""
 
 
 def at(sequence: int, incarnation: int = 1_700_000_000_000) -> Position:
@@ -121,6 +125,18 @@ async def listed(store: Store, user: str, query: PageQuery) -> list[int]:
 
 async def exported(store: Store, user: str) -> list[dict[str, Any]]:
     return [entry async for entry in store.export(user)]
+
+
+async def followers(store: Store, topic: str, limit: int = 100) -> set[str]:
+    """All subscribers of a pattern, page after page."""
+    found: set[str] = set()
+    page = await store.subscribers(topic, None, limit)
+    while True:
+        assert len(page.users) <= limit
+        found.update(page.users)
+        if page.next is None:
+            return found
+        page = await store.subscribers(topic, page.next, limit)
 
 
 def update(device: str, holder: Holder, cursor: Cursor, *, release: bool = False) -> CursorUpdate:
@@ -728,6 +744,91 @@ class StoreConformance:
         assert await store.save([update("phone", ONE, Cursor(at(7)))]) == [Lost(ONE, None)]
         assert await store.claim(ALICE, "phone", TWO, at(0)) == Claimed(Cursor(at(6)), False, None)
 
+    # Subscriptions
+
+    async def test_subscribe(self, store: Store) -> None:
+        """A user's subscriptions are listed in order, once each, and its topics list the user."""
+        await store.subscribe(ALICE, ["post.42", "a.>", "post.42.>"], MOST)
+        await store.subscribe(ALICE, ["post.42", "ü", "post"], MOST)
+        await store.subscribe(BOB, ["post.42"], MOST)
+        expected = ["a.>", "post", "post.42", "post.42.>", "ü"]
+        assert await store.subscriptions(ALICE, None, 99) == expected
+        assert await store.subscriptions(ALICE, None, 2) == expected[:2]
+        assert await store.subscriptions(ALICE, "post", 2) == expected[2:4]
+        assert await store.subscriptions(ALICE, "ü", 2) == []
+        assert await followers(store, "post.42") == {ALICE, BOB}
+        assert await followers(store, "post.42.>") == {ALICE}
+        assert await followers(store, "post.>") == set()
+
+    async def test_unsubscribe(self, store: Store) -> None:
+        """What is ended is gone on both sides, what never was is no error, and it may begin again."""
+        await store.subscribe(ALICE, ["one", "two"], MOST)
+        await store.subscribe(BOB, ["one"], MOST)
+        await store.unsubscribe(ALICE, ["one", "three"])
+        await store.unsubscribe(BOB, ["two"])
+        assert await store.subscriptions(ALICE, None, 99) == ["two"]
+        assert await followers(store, "one") == {BOB}
+        assert await followers(store, "two") == {ALICE}
+        await store.subscribe(ALICE, ["one"], MOST)
+        assert await store.subscriptions(ALICE, None, 99) == ["one", "two"]
+        assert await followers(store, "one") == {ALICE, BOB}
+
+    async def test_most_subscriptions(self, store: Store) -> None:
+        """A user has at most so many; what is there already needs no room, and a refusal changes nothing."""
+        await store.subscribe(ALICE, ["a", "b"], 3)
+        with pytest.raises(TooManySubscriptions, match="more than 3"):
+            await store.subscribe(ALICE, ["c", "d"], 3)
+        assert await store.subscriptions(ALICE, None, 99) == ["a", "b"]
+        assert await followers(store, "c") == set()
+        await store.subscribe(ALICE, ["a", "c"], 3)
+        await store.subscribe(ALICE, ["a", "b", "c"], 2)
+        await store.unsubscribe(ALICE, ["a"])
+        await store.subscribe(ALICE, ["d"], 3)
+        assert await store.subscriptions(ALICE, None, 99) == ["b", "c", "d"]
+
+    async def test_many_subscribers(self, store: Store) -> None:
+        """Page after page each is there, in pages of at most what was asked for."""
+        users = {f"user {number}" for number in range(250)}
+        await asyncio.gather(*(store.subscribe(user, ["crowd"], MOST) for user in users))
+        assert await followers(store, "crowd", 50) == users
+        assert await followers(store, "crowd", 1000) == users
+        await asyncio.gather(*(store.unsubscribe(user, ["crowd"]) for user in users))
+        assert await followers(store, "crowd") == set()
+
+    async def test_many_subscriptions(self, store: Store) -> None:
+        """Thousands of topics of one user, page after page."""
+        topics = [f"topic.{number:05}" for number in range(2500)]
+        for first in range(0, len(topics), 500):
+            await store.subscribe(ALICE, topics[first : first + 500], MOST)
+        found: list[str] = []
+        while page := await store.subscriptions(ALICE, found[-1] if found else None, 400):
+            found += page
+        assert found == topics
+
+    async def test_subscribing_at_once(self, store: Store) -> None:
+        """Whatever two devices do at once, the two sides agree in the end."""
+        for turn in range(10):
+            await asyncio.gather(
+                store.subscribe(ALICE, ["a", "b"], MOST),
+                store.unsubscribe(ALICE, ["b", "a"]),
+                store.subscribe(ALICE, ["b"], MOST),
+            )
+            own = set(await store.subscriptions(ALICE, None, 99))
+            assert {topic for topic in ("a", "b") if ALICE in await followers(store, topic)} == own, turn
+
+    async def test_subscriptions_are_exported_and_erased(self, store: Store) -> None:
+        """They belong to what is kept of a user."""
+        await store.subscribe(ALICE, ["a", "b.>"], MOST)
+        await store.subscribe(BOB, ["a"], MOST)
+        assert await exported(store, ALICE) == [
+            {"kind": "subscription", "topic": "a"},
+            {"kind": "subscription", "topic": "b.>"},
+        ]
+        await store.erase(ALICE, at(0))
+        assert await exported(store, ALICE) == []
+        assert await followers(store, "a") == {BOB}
+        assert await followers(store, "b.>") == set()
+
     # The life of a store
 
     async def test_many_at_once(self, store: Store) -> None:
@@ -780,6 +881,10 @@ class StoreConformance:
             store.holders(ALICE),
             store.expire(1),
             store.delivered([delivered(ALICE, at(1), 1)]),
+            store.subscribe(ALICE, ["a"], MOST),
+            store.unsubscribe(ALICE, ["a"]),
+            store.subscriptions(ALICE, None, 1),
+            store.subscribers("a", None, 1),
             store.erase(ALICE, at(1)),
             exported(store, ALICE),
         ]

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from tidings.store.cql import CqlStore, Where, parse_url, schema
 from tidings.store.cql.database import Database
 
-TABLES = ("inbox", "inbox_state", "deliveries", "cursors")
+TABLES = ("inbox", "inbox_state", "deliveries", "cursors", "subscriptions", "subscribers", "topic_levels")
 
 
 async def new_keyspace(address: str) -> str:

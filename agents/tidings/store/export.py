@@ -12,7 +12,7 @@ from tidings.wire.position import Position
 
 from .port import Cursor, Holder, InboxItem
 
-__all__ = ["exported_cursor", "exported_item", "exported_watermark"]
+__all__ = ["exported_cursor", "exported_item", "exported_subscription", "exported_watermark"]
 
 
 def exported_item(item: InboxItem) -> dict[str, Any]:
@@ -52,6 +52,11 @@ def exported_cursor(device: str, cursor: Cursor, holder: Holder | None) -> dict[
         "attempts": {str(position): count for position, count in sorted(cursor.attempts.items())},
         "session": None if holder is None else holder.session,
     }
+
+
+def exported_subscription(topic: str) -> dict[str, Any]:
+    """A topic, or a subtree, that the user follows."""
+    return {"kind": "subscription", "topic": topic}
 
 
 def _time(seconds: float) -> str:

@@ -34,6 +34,7 @@ from .port import (
     MarkAllAs,
     PageQuery,
     Store,
+    SubscriberPage,
 )
 
 __all__ = ["GuardedStore"]
@@ -131,6 +132,18 @@ class GuardedStore:
 
     async def holders(self, user: str) -> list[Holder]:
         return await self._call(self._store.holders(user))
+
+    async def subscribe(self, user: str, topics: Sequence[str], most: int) -> None:
+        await self._call(self._store.subscribe(user, topics, most))
+
+    async def unsubscribe(self, user: str, topics: Sequence[str]) -> None:
+        await self._call(self._store.unsubscribe(user, topics))
+
+    async def subscriptions(self, user: str, after: str | None, limit: int) -> list[str]:
+        return await self._call(self._store.subscriptions(user, after, limit))
+
+    async def subscribers(self, topic: str, after: str | None, limit: int) -> SubscriberPage:
+        return await self._call(self._store.subscribers(topic, after, limit))
 
     # The port: passed on
 

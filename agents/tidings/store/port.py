@@ -33,6 +33,7 @@ __all__ = [
     "MarkAllAs",
     "PageQuery",
     "Store",
+    "SubscriberPage",
 ]
 
 UNREAD_CAP: Final = 100
@@ -164,8 +165,18 @@ class CursorUpdate(NamedTuple):
     """The session has ended: nobody holds the device from now on."""
 
 
+class SubscriberPage(NamedTuple):
+    """Some subscribers of a pattern, in an order of the store's; one may come twice. `next` is None at the end.
+
+    A page may have fewer than was asked for, and none, although more follow.
+    """
+
+    users: Sequence[str]
+    next: str | None
+
+
 class Store(Protocol):
-    """The inbox, its marks, and the devices' cursors (which are also the routing table)."""
+    """The inbox, its marks, the devices' cursors (which are also the routing table), and subscriptions."""
 
     async def open(self) -> None:
         """Connect and bring the schema up to date. Opening twice is an error of the caller."""
@@ -224,11 +235,28 @@ class Store(Protocol):
         A store whose rows have a time to live deletes nothing here.
         """
 
+    async def subscribe(self, user: str, topics: Sequence[str], most: int) -> None:
+        """Subscribe to patterns (see `tidings.wire.topic`); in force for every reader of `subscribers` when it returns.
+
+        Raises `TooManySubscriptions`, and changes nothing, where the user would have more than `most`. Two calls at
+        once may exceed it by what they add.
+        """
+
+    async def unsubscribe(self, user: str, topics: Sequence[str]) -> None:
+        """End subscriptions; those that are none are no error."""
+
+    async def subscriptions(self, user: str, after: str | None, limit: int) -> list[str]:
+        """The user's subscriptions behind `after`, at most `limit`, in the order of their UTF-8 bytes."""
+
+    async def subscribers(self, topic: str, after: str | None, limit: int) -> SubscriberPage:
+        """Who has subscribed to exactly this pattern; `after` is the `next` of the page before."""
+
     def export(self, user: str) -> AsyncIterator[dict[str, Any]]:
-        """Everything kept of a user, as JSON-ready objects with a member ``kind``: notifications, marks, cursors."""
+        """Everything kept of a user, as JSON-ready objects with a member ``kind``: notifications, marks, cursors,
+        subscriptions."""
 
     async def erase(self, user: str, upto: Position) -> int:
-        """Delete everything kept of a user: notifications and marks up to `upto`, and all cursors.
+        """Delete everything kept of a user: notifications and marks up to `upto`, all cursors and subscriptions.
 
         Returns how many notifications were deleted. What is appended later up to `upto` stays away too.
         """

@@ -14,6 +14,7 @@ __all__ = [
     "BadPosition",
     "BadSettings",
     "BadSubject",
+    "BadTopic",
     "ConnectionLost",
     "InvalidNotification",
     "NotAuthenticated",
@@ -26,6 +27,7 @@ __all__ = [
     "StoreUnavailable",
     "StreamUnavailable",
     "TidingsError",
+    "TooManySubscriptions",
     "TopologyMismatch",
 ]
 
@@ -46,6 +48,16 @@ class BadSubject(TidingsError):
     """A user id, device id or topic that cannot become a subject token."""
 
     code = "bad_subject"
+
+
+class BadTopic(TidingsError):
+    """A topic or subscription that cannot be one; its `code` says if it is too long or too deep."""
+
+    code = "bad_topic"
+
+    def __init__(self, message: str, *, code: str = "bad_topic") -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class BadPosition(TidingsError):
@@ -103,6 +115,12 @@ class RowsRefused(TidingsError):
     def __init__(self, reasons: Mapping[int, str]) -> None:
         super().__init__(f"{len(reasons)} notifications cannot be stored: {next(iter(reasons.values()))}")
         self.reasons = reasons
+
+
+class TooManySubscriptions(TidingsError):
+    """The user has as many subscriptions as one may have."""
+
+    code = "too_many_subscriptions"
 
 
 class PublishRefused(TidingsError):

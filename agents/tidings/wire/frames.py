@@ -13,14 +13,16 @@ from typing import Any, Final, Literal, NamedTuple
 
 import orjson
 
-from .errors import BadFrame, BadPosition
+from .errors import BadFrame, BadPosition, BadTopic
 from .position import Position
+from .topic import MAX_TOPIC, check_pattern
 
 __all__ = [
     "FILTERS",
     "MARKS",
     "MAX_PAGE",
     "MAX_POSITIONS",
+    "MAX_TOPICS",
     "SUBPROTOCOL",
     "Ack",
     "ClientFrame",
@@ -31,6 +33,10 @@ __all__ = [
     "Mark",
     "MarkAs",
     "Ping",
+    "Request",
+    "Subscribe",
+    "Subscriptions",
+    "Unsubscribe",
     "bye",
     "count",
     "decode",
@@ -50,6 +56,9 @@ MAX_POSITIONS: Final = 1000
 """Most positions that one ``ack`` or ``mark`` may list."""
 MAX_PAGE: Final = 200
 """Most rows of one inbox page."""
+
+MAX_TOPICS: Final = 500
+"""Most topics of one ``sub`` or ``unsub``, and of one answer to ``subs``."""
 
 Filter = Literal["all", "unread", "archived"]
 MarkAs = Literal["seen", "read", "unread", "archived"]
@@ -97,11 +106,31 @@ class Count(NamedTuple):
     ref: Ref
 
 
+class Subscribe(NamedTuple):
+    ref: Ref
+    topics: Sequence[str]
+
+
+class Unsubscribe(NamedTuple):
+    ref: Ref
+    topics: Sequence[str]
+
+
+class Subscriptions(NamedTuple):
+    ref: Ref
+    after: str | None
+    """The last one that the client has."""
+    limit: int
+
+
 class Ping(NamedTuple):
     ref: Ref
 
 
-ClientFrame = Hello | Ack | InboxQuery | Mark | Count | Ping
+Request = InboxQuery | Mark | Count | Subscribe | Unsubscribe | Subscriptions
+"""What is answered by ``ok`` or ``error``."""
+
+ClientFrame = Hello | Ack | Ping | Request
 
 
 def decode(text: str | bytes) -> ClientFrame:
@@ -207,6 +236,28 @@ def _count(frame: dict[str, Any], ref: Ref) -> Count:
     return Count(ref)
 
 
+def _topics(frame: dict[str, Any]) -> list[str]:
+    value = frame.get("topics")
+    if type(value) is not list or not 0 < len(value) <= MAX_TOPICS or not all(type(one) is str for one in value):
+        raise BadFrame(f"`topics` must be a list of 1 to {MAX_TOPICS} topics")
+    try:
+        return [check_pattern(one) for one in dict.fromkeys(value)]
+    except BadTopic as problem:
+        raise BadFrame(str(problem), code=problem.code) from None
+
+
+def _sub(frame: dict[str, Any], ref: Ref) -> Subscribe:
+    return Subscribe(ref, _topics(frame))
+
+
+def _unsub(frame: dict[str, Any], ref: Ref) -> Unsubscribe:
+    return Unsubscribe(ref, _topics(frame))
+
+
+def _subs(frame: dict[str, Any], ref: Ref) -> Subscriptions:
+    return Subscriptions(ref, _text(frame, "after", MAX_TOPIC), _integer(frame, "limit", 1, MAX_TOPICS) or MAX_TOPICS)
+
+
 def _ping(frame: dict[str, Any], ref: Ref) -> Ping:
     return Ping(ref)
 
@@ -217,6 +268,9 @@ _READERS: Final[dict[str, Callable[[dict[str, Any], Ref], ClientFrame]]] = {
     "inbox": _inbox,
     "mark": _mark,
     "count": _count,
+    "sub": _sub,
+    "unsub": _unsub,
+    "subs": _subs,
     "ping": _ping,
 }
 

@@ -14,25 +14,30 @@ import re
 from typing import Final
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
-from .errors import BadSubject
+from .errors import BadSubject, BadTopic
+from .topic import check_topic
 
 __all__ = [
     "DEAD_WILDCARD",
     "INBOX_FLOOR",
     "MAX_ID",
     "NOTIFY_WILDCARD",
+    "TOPICS_WILDCARD",
     "dead",
     "escape",
+    "fanout_pull",
     "gateway_claim",
     "gateway_session",
     "gateway_user",
     "gateway_wildcard",
     "inbox_pull",
+    "notify_topic",
     "notify_user",
     "part_user",
     "part_wildcard",
     "partition",
     "presence",
+    "topic_of",
     "unescape",
 ]
 
@@ -40,6 +45,7 @@ MAX_ID: Final = 200
 """Longest user or device id, in characters; its escaped token stays below NATS's control line."""
 
 NOTIFY_WILDCARD: Final = "notify.user.*"
+TOPICS_WILDCARD: Final = "notify.topic.>"
 DEAD_WILDCARD: Final = "dead.>"
 INBOX_FLOOR: Final = "inbox.floor"
 
@@ -91,6 +97,23 @@ def notify_user(user: str) -> str:
     return f"notify.user.{escape(user)}"
 
 
+def notify_topic(topic: str) -> str:
+    """Where services publish for a topic; raises `BadTopic`. Each level is escaped by itself."""
+    return "notify.topic." + ".".join(escape(level, "topic") for level in check_topic(topic).split("."))
+
+
+def topic_of(where: str) -> str:
+    """The topic of a subject that `notify_topic` made; raises `BadTopic` for any other one."""
+    tokens = where.removeprefix("notify.topic.").split(".")
+    try:
+        topic = ".".join(unescape(token, "topic") for token in tokens)
+    except BadSubject as error:
+        raise BadTopic(str(error)) from None
+    if topic.count(".") != len(tokens) - 1:
+        raise BadTopic(f"{where!r} has an escaped dot in a level: dots are what separates levels")
+    return check_topic(topic)
+
+
 def part_user(token: str, number: int | str) -> str:
     """What the server maps `notify_user` to; `number` may be a mapping function."""
     return f"part.{number}.user.{token}"
@@ -124,6 +147,11 @@ def gateway_session(gateway: str, session: str) -> str:
 def gateway_claim(gateway: str) -> str:
     """Asks a gateway to give a device's session up."""
     return f"gw.{gateway}.claim"
+
+
+def fanout_pull(agent: str, number: int | str) -> str:
+    """Reply subject of a fan-out agent's pulls; ``*`` subscribes to all of them."""
+    return f"fo.{agent}.{number}"
 
 
 def inbox_pull(agent: str, partition: int | str, number: int | str) -> str:

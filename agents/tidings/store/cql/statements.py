@@ -53,6 +53,17 @@ _STATEMENTS: Final = {
     "cursor": "SELECT state FROM cursors WHERE user = ? AND device = ?",
     "cursors": "SELECT user, device, state FROM cursors WHERE user IN ?",
     "save": "UPDATE cursors USING TTL ? AND TIMESTAMP ? SET state = ? WHERE user = ? AND device = ?",
+    # Subscriptions
+    "follow": "INSERT INTO subscriptions (user, topic, is_on) VALUES (?, ?, ?) USING TIMESTAMP ?",
+    "unfollow": "DELETE FROM subscriptions USING TIMESTAMP ? WHERE user = ? AND topic = ?",
+    "followed": "SELECT topic, is_on FROM subscriptions WHERE user = ? AND topic > ? LIMIT ?",
+    "follows": "SELECT topic FROM subscriptions WHERE user = ? AND topic IN ?",
+    "join": "INSERT INTO subscribers (topic, level, shard, user) VALUES (?, ?, ?, ?) USING TIMESTAMP ?",
+    "leave": "DELETE FROM subscribers USING TIMESTAMP ? WHERE topic = ? AND level = ? AND shard = ? AND user = ?",
+    "members": "SELECT user FROM subscribers WHERE topic = ? AND level = ? AND shard = ? AND user > ? LIMIT ?",
+    "crowd": "SELECT count(*) FROM subscribers WHERE topic = ? AND level = ? AND shard = ?",
+    "levels": "SELECT levels FROM topic_levels WHERE topic = ?",
+    "add_level": "UPDATE topic_levels USING TIMESTAMP ? SET levels = levels + ? WHERE topic = ?",
     # Erasing
     "erase_rows": "DELETE FROM inbox USING TIMESTAMP ? WHERE user = ? AND bucket = ? AND position <= ?",
     "erase_deliveries": "DELETE FROM deliveries USING TIMESTAMP ? WHERE user = ? AND bucket = ? AND position <= ?",

@@ -38,6 +38,7 @@ from tidings.store.port import (
     Lost,
     MarkAllAs,
     PageQuery,
+    SubscriberPage,
 )
 from tidings.wire.errors import StoreUnavailable
 from tidings.wire.frames import MarkAs
@@ -49,6 +50,7 @@ from .devices import Devices
 from .encoding import Clock
 from .inbox import Inbox
 from .statements import statements
+from .subscriptions import Subscribing
 
 __all__ = ["CqlStore"]
 
@@ -66,6 +68,7 @@ class CqlStore:
         self._sql: dict[str, Any] = {}
         self._inbox = Inbox(self._database, self._sql, self._clock, self._retention_s)
         self._devices = Devices(self._database, self._sql, self._clock, self._retention_s)
+        self._subscribing = Subscribing(self._database, self._sql, self._clock)
         self._open = False
         self._closed = False
         self._busy = 0
@@ -168,6 +171,22 @@ class CqlStore:
         with self._call():
             return await self._devices.holders(user)
 
+    async def subscribe(self, user: str, topics: Sequence[str], most: int) -> None:
+        with self._call():
+            await self._subscribing.add(user, topics, most)
+
+    async def unsubscribe(self, user: str, topics: Sequence[str]) -> None:
+        with self._call():
+            await self._subscribing.remove(user, topics)
+
+    async def subscriptions(self, user: str, after: str | None, limit: int) -> list[str]:
+        with self._call():
+            return await self._subscribing.of_user(user, after, limit)
+
+    async def subscribers(self, topic: str, after: str | None, limit: int) -> SubscriberPage:
+        with self._call():
+            return await self._subscribing.of_topic(topic, after, limit)
+
     async def expire(self, before_ns: int) -> int:
         """Every row has its time to live."""
         with self._call():
@@ -179,8 +198,11 @@ class CqlStore:
                 yield entry
             async for entry in self._devices.export(user):
                 yield entry
+            async for entry in self._subscribing.export(user):
+                yield entry
 
     async def erase(self, user: str, upto: Position) -> int:
         with self._call():
             await self._devices.erase(user)
+            await self._subscribing.erase(user)
             return await self._inbox.erase(user, upto)

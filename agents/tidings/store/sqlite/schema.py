@@ -67,4 +67,8 @@ MIGRATIONS: Final = (
     CREATE INDEX watermarks_age ON watermarks (updated_ns);
     CREATE INDEX watermarks_erased ON watermarks (user) WHERE as_ = 'erased';
     """,
+    """
+    CREATE TABLE subscriptions (user TEXT NOT NULL, topic TEXT NOT NULL, PRIMARY KEY (user, topic)) WITHOUT ROWID;
+    CREATE INDEX subscribers ON subscriptions (topic, user);
+    """,
 )

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from tidings.store.export import exported_item, exported_watermark
+from tidings.store.export import exported_item, exported_subscription, exported_watermark
 from tidings.store.port import (
     Claimed,
     CursorUpdate,
@@ -18,12 +18,13 @@ from tidings.store.port import (
     Lost,
     MarkAllAs,
     PageQuery,
+    SubscriberPage,
 )
-from tidings.wire.errors import RowsRefused
+from tidings.wire.errors import RowsRefused, TooManySubscriptions
 from tidings.wire.frames import MarkAs
 from tidings.wire.position import Position
 
-from . import cursors, reading, writing
+from . import cursors, reading, subscriptions, writing
 from .database import Database
 
 __all__ = ["SqliteStore"]
@@ -89,6 +90,21 @@ class SqliteStore:
     async def holders(self, user: str) -> list[Holder]:
         return await self._database.read(lambda db: cursors.holders(db, user))
 
+    # Subscriptions
+
+    async def subscribe(self, user: str, topics: Sequence[str], most: int) -> None:
+        if not await self._database.write(lambda db: subscriptions.add(db, user, topics, most)):
+            raise TooManySubscriptions(f"{user!r} would have more than {most} subscriptions: end some first")
+
+    async def unsubscribe(self, user: str, topics: Sequence[str]) -> None:
+        await self._database.write(lambda db: subscriptions.remove(db, user, topics))
+
+    async def subscriptions(self, user: str, after: str | None, limit: int) -> list[str]:
+        return await self._database.read(lambda db: subscriptions.of_user(db, user, after, limit))
+
+    async def subscribers(self, topic: str, after: str | None, limit: int) -> SubscriberPage:
+        return await self._database.read(lambda db: subscriptions.of_topic(db, topic, after, limit))
+
     # What is to go, and what is kept of a user
 
     async def expire(self, before_ns: int) -> int:
@@ -111,8 +127,13 @@ class SqliteStore:
             after = items[-1].position
         for cursor in await self._database.read(lambda db: cursors.export(db, user)):
             yield cursor
+        topics = [""]
+        while topics := await self.subscriptions(user, topics[-1], _EXPORT):
+            for topic in topics:
+                yield exported_subscription(topic)
 
     async def erase(self, user: str, upto: Position) -> int:
+        await self._database.write(lambda db: subscriptions.remove_all(db, user))
         await self._database.write(lambda db: writing.begin_erasing(db, user, upto))
         gone, slice_ = 0, writing.SLICE
         while slice_ == writing.SLICE:
