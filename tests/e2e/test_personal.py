@@ -376,7 +376,9 @@ async def test_invalid_bodies_are_dead_letters_and_block_nobody(mesh: Mesh) -> N
     bad = [b"", b"\xff\xfe", b"[]", b"{}", b'{"specversion":"1.0","id":"","source":"s","type":"t"}', b"x" * 17_000]
     for body in bad:
         await js.publish("notify.user.alice", body)
-    await js.publish("notify.user.al%69ce", b'{"specversion":"1.0","id":"i","source":"s","type":"t"}')
+    # Not the escape of its own meaning; in another partition, whose letter may come first.
+    stray = b'{"specversion":"1.0","id":"i","source":"s","type":"t"}'
+    await js.publish("notify.user.al%69ce", stray)
     good = await mesh.publish("alice")
     await alice.expect(*good)
     await mesh.stored("alice", *good)
@@ -389,8 +391,8 @@ async def test_invalid_bodies_are_dead_letters_and_block_nobody(mesh: Mesh) -> N
         return letters
 
     letters = await all_dead()
-    assert sorted(letter["body"] for letter in letters[: len(bad)]) == sorted(bad)
-    assert {letter["tidings-reason"] for letter in letters} == {"invalid_notification", "bad_subject"}
+    assert sorted(letter["body"] for letter in letters) == sorted([*bad, stray])
+    assert all((letter["tidings-reason"] == "bad_subject") == (letter["body"] == stray) for letter in letters)
 
 
 async def test_empty_user_is_refused() -> None:

@@ -28,7 +28,7 @@ from tidings.gateway.opening import Opener
 from tidings.inbox import agent as inbox_module
 from tidings.inbox.agent import InboxAgent
 from tidings.runtime.settings import Settings
-from tidings.store.port import Claimed, Cursor, CursorUpdate, Holder, InboxItem, InboxRow
+from tidings.store.port import Claimed, Cursor, CursorUpdate, Holder, InboxItem, InboxRow, Lost
 from tidings.stream.topology import Topology
 from tidings.wire.errors import StoreUnavailable, StreamUnavailable
 from tidings.wire.position import Position
@@ -326,7 +326,7 @@ class Shelf:
     async def claim(self, user: str, device: str, holder: Holder, floor: Position) -> Claimed:
         return await self._call("claim", holder, floor)
 
-    async def save(self, updates: Sequence[CursorUpdate]) -> list[Holder]:
+    async def save(self, updates: Sequence[CursorUpdate]) -> list[Lost]:
         return await self._call("save", updates)
 
     async def missed(self, user: str, after: Position, upto: Position) -> int:
@@ -457,11 +457,11 @@ class World:
         first, self.cursor = self.cursor is None, self.cursor or Cursor(floor)
         return Claimed(self.cursor, first, previous)
 
-    def _save(self, updates: Sequence[CursorUpdate]) -> list[Holder]:
+    def _save(self, updates: Sequence[CursorUpdate]) -> list[Lost]:
         lost = []
         for update in updates:
             if update.holder != self.holder:
-                lost.append(update.holder)
+                lost.append(Lost(update.holder, self.holder))
                 self.overtaken = True
                 continue
             assert self.cursor is not None
