@@ -1,4 +1,4 @@
-"""The gateway when its store is down, and the hand-over from inbox to stream at every await."""
+"""The gateway when its store is down, the hand-over from inbox to stream at every await, and who keeps a session."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from support.device import Device
 from support.faulty import FaultyStore
 from support.mesh import KEY, Mesh
 from tidings.gateway.agent import Gateway
+from tidings.gateway.session import SessionState
 from tidings.inbox.agent import InboxAgent
 from tidings.runtime.tokens import issue
+from tidings.wire import codes
+from tidings.wire.codes import Close
 
 
 @asynccontextmanager
@@ -181,3 +184,23 @@ async def test_marks_wait_for_their_notification(mesh: Mesh) -> None:
         await mesh.stored("alice", id)
         assert (await phone.ask("inbox"))["items"][0]["read"] is True
         assert (await phone.ask("count"))["unread"] == 0
+
+
+@pytest.mark.parametrize("reason", [codes.TOO_SLOW, codes.BAD_FRAME], ids=lambda reason: reason.name)
+async def test_session_of_a_dismissed_client(mesh: Mesh, reason: Close) -> None:
+    """A client that is sent away finds its session when it may return, and else leaves none, as after a goodbye."""
+    async with inside(mesh) as (_, gateway, phone):
+        await mesh.inbox()
+        await phone.connect()
+        session = gateway.hub.find("alice", "phone")
+        assert session is not None
+        assert session.socket is not None
+        session.socket.dismiss(reason)
+        assert await phone.closed() == reason.code
+        await until(lambda: session.socket is None, "the door has noticed")
+        assert session.state is (SessionState.LINGERING if reason.reconnect else SessionState.ENDED)
+        await phone.connect()
+        again = gateway.hub.find("alice", "phone")
+        assert (again is session) is reason.reconnect
+        await phone.leave()
+        await until(lambda: not len(gateway.hub), "a goodbye ends the session")

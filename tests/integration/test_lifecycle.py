@@ -523,6 +523,30 @@ async def test_gateway_at_work_leaves_in_peace(makers: Makers, how: str) -> None
         await no_sessions(makers.mesh)
 
 
+@pytest.mark.parametrize("how", ["drain", "stop"])
+async def test_clients_that_do_not_answer_are_waited_for_together(makers: Makers, how: str) -> None:
+    """However many clients leave a goodbye unanswered, a drain or stop waits for them but once, and they are cut."""
+    count = 12
+    gateway = makers.make("gateway", drain_s=0.5)
+    assert isinstance(gateway, Gateway)
+    await gateway.start()
+    async with aiohttp.ClientSession() as http:
+        clients = []
+        for number in range(count):
+            url = f"http://127.0.0.1:{gateway.port}/v1/ws"
+            clients.append(await http.ws_connect(url, protocols=(SUBPROTOCOL,)))
+            await clients[-1].send_json({"t": "hello", "token": issue(KEY, f"user{number}", "phone")})
+            # aiohttp's client answers a close only when it is read, and from here on nobody reads.
+            assert (await clients[-1].receive_json())["t"] == "welcome"
+        sockets = [session.socket for session in gateway.hub.by_id.values()]
+        # One after the other they would take two seconds each.
+        async with asyncio.timeout(count):
+            await (gateway.drain() if how == "drain" else gateway.stop())
+        endings = [socket._ending for socket in sockets if socket is not None]
+        assert [ending is not None and ending.done() for ending in endings] == [True] * count
+        await gateway.stop()
+
+
 @pytest.mark.parametrize("moment", ["it is away", "it comes back during the goodbye", "it is found"])
 @pytest.mark.parametrize("kind", ["gateway", "inbox"])
 async def test_agent_stopped_while_nats_is_down(makers: Makers, kind: str, moment: str) -> None:
@@ -651,6 +675,18 @@ async def test_publisher_in_every_order(makers: Makers) -> None:
         with pytest.raises(StreamUnavailable):
             await nobody.open()
         await nobody.close()
+
+
+async def test_publisher_that_cannot_listen(makers: Makers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A publisher that has connected and gets no further closes its connection."""
+
+    async def refuse(*_: object) -> None:
+        raise ConnectionError("lost")
+
+    monkeypatch.setattr(Connection, "listen", refuse)
+    async with nothing_left():
+        with pytest.raises(ConnectionError):
+            await Publisher(makers.mesh.settings).open()
 
 
 async def test_publisher_is_cancelled_at_every_await(makers: Makers) -> None:

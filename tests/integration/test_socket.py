@@ -286,6 +286,12 @@ async def welcomed(server: Server, path: str = "/ours", **options: Any) -> tuple
     return client, await server.accepted()
 
 
+@pytest.fixture
+def short_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients that never answer a close are given up sooner, for the sake of the time that the tests take."""
+    monkeypatch.setattr("tidings.gateway.socket._CLOSE_WAIT_S", 0.3 * SCALE)
+
+
 # The same bytes to both
 
 
@@ -586,15 +592,20 @@ async def test_slow_reader_is_waited_for(server: Server) -> None:
 
 @on_both_loops
 async def test_slow_reader_is_given_up(server: Server) -> None:
-    """Waiting for a client that never reads says so when the time is over, and is over then."""
+    """Waiting for a client that never reads says so when the time is over, each time, and fails nobody else."""
     client, _, socket, _ = await congest(server)
-    socket.stalled = True
-    assert not await socket.drained(0.05 * SCALE)
-    assert not socket.stalled
+    other = asyncio.ensure_future(socket.drained(PATIENCE_S))
+    for _ in range(2):
+        socket.stalled = True
+        assert not await socket.drained(0.05 * SCALE)
+        assert not socket.stalled
+    assert not other.done()
     client.reset()
     await client.ended()
+    await other
 
 
+@pytest.mark.usefixtures("short_wait")
 @pytest.mark.parametrize("waited", [False, True])
 @on_both_loops
 async def test_slow_reader_is_closed(server: Server, waited: bool) -> None:
@@ -661,6 +672,7 @@ async def test_dismissal_of_a_client_that_reads_late(server: Server) -> None:
     assert client.of(CLOSE) == [struct.pack("!H", 4409) + b"replaced"]
 
 
+@pytest.mark.usefixtures("short_wait")
 @on_both_loops
 async def test_dismissal_of_a_client_that_does_not_answer(server: Server) -> None:
     """Who goes on talking and never answers the close is dropped."""
@@ -675,6 +687,52 @@ async def test_dismissal_of_a_client_that_does_not_answer(server: Server) -> Non
         await echo.code
     await client.ended()
     assert echo.heard == []
+
+
+@pytest.mark.parametrize("answer", [1000, 1012, None], ids=["goodbye", "same", "silence"])
+@pytest.mark.parametrize("reason", [codes.RESTART, codes.TOO_SLOW, codes.REPLACED], ids=lambda reason: reason.name)
+@on_both_loops
+async def test_dismissed_client_may_return(server: Server, reason: codes.Close, answer: int | None) -> None:
+    """Whether a dismissed client may come back is for the reason to say, whatever the client answers."""
+    client, echo = await welcomed(server)
+    client.silent = True
+    assert echo.socket is not None
+    echo.socket.dismiss(reason)
+    await client.got(CLOSE)
+    client.transport.write_eof() if answer is None else client.say(goodbye(answer))
+    await client.ended()
+    await echo.code
+    assert echo.socket.may_return is reason.reconnect
+
+
+@pytest.mark.parametrize("code", [1000, 1001, 4999])
+@on_both_loops
+async def test_client_that_leaves_may_return(server: Server, code: int) -> None:
+    """A client's own goodbye is final, another code is not; a dismissal that comes too late changes neither."""
+    client, echo = await welcomed(server)
+    client.say(goodbye(code))
+    await client.ended()
+    assert await echo.code == code
+    assert echo.socket is not None
+    assert echo.socket.may_return is (code != 1000)
+    await echo.socket.close(codes.TOO_SLOW)
+    assert echo.socket.may_return is (code != 1000)
+
+
+@pytest.mark.usefixtures("short_wait")
+@pytest.mark.parametrize(("last", "code"), [(goodbye(), 1000), (frame("", 3), ABNORMAL)], ids=["goodbye", "broken"])
+@on_both_loops
+async def test_end_of_a_client_that_reads_nothing(server: Server, last: bytes, code: int) -> None:
+    """Who says goodbye, or something broken, and leaves its frames unread holds them little longer than others."""
+    client, echo, _, count = await congest(server)
+    client.say(last)
+    assert await echo.code == code
+    try:
+        await until(lambda: echo.transport.get_write_buffer_size() == 0, "the buffer is freed")
+    finally:
+        client.transport.resume_reading()
+    await client.ended()
+    assert client.received < count * 1_000
 
 
 @on_both_loops

@@ -599,3 +599,21 @@ async def test_task_made_while_stopping(probe: Probe, arrange: Callable[[Probe],
         task.cancel()
     await asyncio.gather(*left, return_exceptions=True)
     assert left == []
+
+
+async def test_task_made_before_the_release_fails(probe: Probe) -> None:
+    """What is spawned while the service stops ends with it also when its release fails, and that is told."""
+    await probe.start()
+
+    async def spawn_and_fail() -> None:
+        probe.spawn(asyncio.Event().wait())
+        raise Broken
+
+    probe._stop = spawn_and_fail  # type: ignore[method-assign]
+    with pytest.raises(Broken):
+        await probe.stop()
+    left = list(probe._tasks)
+    for task in left:
+        task.cancel()
+    await asyncio.gather(*left, return_exceptions=True)
+    assert left == []

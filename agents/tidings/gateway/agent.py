@@ -29,6 +29,7 @@ from .hub import Hub
 from .keeper import Keeper
 from .opening import Opener, give_up
 from .session import Session
+from .socket import Socket
 
 __all__ = ["Gateway"]
 
@@ -171,31 +172,37 @@ class Gateway(Service):
         sessions = [session for session in hub.by_id.values() if session.socket is not None]
         pause = 0.05
         slice_size = max(1, int(len(sessions) * pause / settings.drain_s) + 1) if settings.drain_s else len(sessions)
+        sent_away: list[Socket] = []
         while sessions:
             batch, sessions = sessions[:slice_size], sessions[slice_size:]
-            await asyncio.gather(*(self._send_away(session) for session in batch))
+            sent_away.extend(filter(None, map(self._send_away, batch)))
             if sessions:
                 await asyncio.sleep(pause)
         for session in list(hub.by_id.values()):
             hub.end(session)
         await self._keeper.flush()
         await self._keeper.flush_notes()
+        # Last, and for all of them together: a client that does not answer takes its time.
+        await asyncio.gather(*(socket.gone() for socket in sent_away))
 
-    async def _send_away(self, session: Session) -> None:
+    def _send_away(self, session: Session) -> Socket | None:
         socket = session.socket
         if socket is not None:
             self.hub.detach(session, socket, linger=False)
-            await socket.close(codes.RESTART, self.hub.bye(int(self._settings.drain_s * 1000)))
+            socket.dismiss(codes.RESTART, self.hub.bye(int(self._settings.drain_s * 1000)))
+        return socket
 
     async def _stop(self) -> None:
         if self._hub is not None and self._keeper is not None:
             if self._door is not None:
                 self._door.shut()
+            sockets = [session.socket for session in self._hub.by_id.values() if session.socket is not None]
             for session in list(self._hub.by_id.values()):
                 self._hub.close_socket(session, codes.RESTART, self._hub.bye(1000))
                 self._hub.end(session)
             await self._keeper.flush()
             await self._keeper.flush_notes()
+            await asyncio.gather(*(socket.gone() for socket in sockets))
         if self._runner is not None:
             await self._runner.cleanup()
         if self._connection is not None:

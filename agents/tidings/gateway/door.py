@@ -65,8 +65,7 @@ class Door:
                 try:
                     await _Conversation(self._hub, self._requests, session, socket).run()
                 finally:
-                    # Only a goodbye needs no session to come back to.
-                    self._hub.detach(session, socket, linger=not socket.goodbye)
+                    self._hub.detach(session, socket, linger=socket.may_return)
         except _Refused as refused:
             log.debug("a connection was refused: %s", refused)
             farewell = frames.error(refused.code or refused.close.name, str(refused))

@@ -74,6 +74,7 @@ class Hub:
         self.blind: set[Session] = set()
         self.lingering: deque[tuple[float, Session]] = deque()
         self.heartbeats: deque[Session] = deque()
+        """The round of heartbeats. Who has no socket any more leaves it at its turn, within `heartbeat_s`."""
         self.claimed: list[Session] = []
         """Sessions that have claimed their device a moment ago."""
         self.moved: dict[Session, None] = {}

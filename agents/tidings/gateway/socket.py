@@ -30,7 +30,6 @@ _PING: Final = b"\x89\x00"
 _SMALL: Final = 126
 _MEDIUM: Final = 65_536
 _CLOSE_WAIT_S: Final = 2.0
-_NORMAL: Final = 1000
 _QUEUE_BYTES: Final = 65_536
 _OURS: Final = {
     WSCloseCode.MESSAGE_TOO_BIG: codes.FRAME_TOO_LARGE,
@@ -80,7 +79,8 @@ class _Response(web.WebSocketResponse):
         verdict = _OURS.get(code)  # type: ignore[call-overload]
         if verdict is not None:
             code, message = verdict.code, verdict.name.encode()
-        return await super().close(code=code, message=message, drain=drain)
+        # The client's answer says that it has read all; aiohttp would wait without a limit for it to read.
+        return await super().close(code=code, message=message, drain=False)
 
 
 class Socket:
@@ -95,8 +95,8 @@ class Socket:
         "_reading",
         "_response",
         "_transport",
-        "goodbye",
         "heard",
+        "may_return",
         "pinged",
         "stalled",
     )
@@ -117,8 +117,9 @@ class Socket:
         self._reading = False
         self._over: asyncio.Future[None] | None = None
         """Where a dismissal waits for whoever reads to come to the end of the connection."""
-        self.goodbye = False
-        """The client left of its own accord (1000), for good; 1001 is a page that reloads."""
+        self.may_return = True
+        """Whether a client that has gone may come back: unless it said goodbye (1000; 1001 is a page that reloads), or
+        was told to stay away."""
         self.heard = True
         """Something came since the last heartbeat."""
         self.pinged = False
@@ -169,7 +170,8 @@ class Socket:
             return False
         try:
             async with asyncio.timeout(timeout_s):
-                await self._drain.drain()
+                # aiohttp has one future for everybody who waits: cancelled, it would fail all who do so later.
+                await asyncio.shield(self._drain.drain())
         except (TimeoutError, ConnectionError):
             return False
         finally:
@@ -194,7 +196,8 @@ class Socket:
                     if self.open:
                         await self._response.pong(message.data)
                 elif message.type is not WSMsgType.PONG:
-                    self.goodbye = not self._closing and message.type is WSMsgType.CLOSE and message.data == _NORMAL
+                    if not self._closing and message.type is WSMsgType.CLOSE and message.data == codes.NORMAL.code:
+                        self.may_return = False
                     self._forget_problem()
                     return None
         finally:
@@ -248,6 +251,8 @@ class Socket:
                 # Not aiohttp's: that waits for an unread buffer, and drops a connection that somebody reads from.
                 body = struct.pack("!H", reason.code) + reason.name.encode()
                 self._transport.write(bytes((0x88, len(body))) + body)
+            if self.open:
+                self.may_return = reason.reconnect
             self._closing = self._response.dismissed = True
             self._ending = asyncio.ensure_future(self._see_off())
 
@@ -255,6 +260,9 @@ class Socket:
         """Wait until a dismissal is through. A handler that returned before would close with a reason of its own."""
         if self._ending is not None:
             await asyncio.shield(self._ending)
+        elif self._transport is not None and self._transport.get_write_buffer_size():
+            # It waits for a client that has said goodbye to read the rest, and may do so for ever.
+            asyncio.get_running_loop().call_later(_CLOSE_WAIT_S, self._transport.abort)
 
     async def close(self, reason: Close, farewell: bytes | None = None) -> None:
         """`dismiss`, and wait."""

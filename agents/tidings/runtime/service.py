@@ -109,14 +109,14 @@ class Service:
             self._starting.cancel()
             await asyncio.wait([self._starting])
         await self._end_tasks()
-        if was is not State.NEW:
-            try:
+        try:
+            if was is not State.NEW:
                 await self._stop()
-            finally:
-                # What was spawned meanwhile, as by a reconnect at that moment.
-                await self._end_tasks()
-        if self._failed is not None and not self._failed.done():
-            self._failed.cancel()
+        finally:
+            # What was spawned meanwhile, as by a reconnect at that moment; also when `_stop` failed half-way.
+            await self._end_tasks()
+            if self._failed is not None and not self._failed.done():
+                self._failed.cancel()
 
     async def _end_tasks(self) -> None:
         while self._tasks:
