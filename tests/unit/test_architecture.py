@@ -17,8 +17,10 @@ BELOW = {
     "publish": {"wire", "runtime", "stream", "store"},
     "gateway": {"wire", "runtime", "stream", "store"},
     "inbox": {"wire", "runtime", "stream", "store"},
+    # Its copies are published as any service's notifications are.
+    "fanout": {"wire", "runtime", "stream", "store", "publish"},
     "client": {"wire", "runtime"},
-    "dev": {"wire", "runtime", "stream", "store", "publish", "gateway", "inbox"},
+    "dev": {"wire", "runtime", "stream", "store", "publish", "gateway", "inbox", "fanout"},
 }
 OWNERS = {"nats": "stream", "sqlite3": "store", "cassandra": "store"}
 FORBIDDEN_IN_WIRE = {"asyncio", "socket", "time", "threading", "aiohttp", "nats", "sqlite3"}

@@ -283,6 +283,31 @@ class Client:
         unread: int = (await self._ask({"t": "count"}))["unread"]
         return unread
 
+    # Topics
+
+    async def subscribe(self, *topics: str) -> None:
+        """Follow topics (``post.42``) and subtrees (``post.42.>``), for the user; in force when it returns.
+
+        All of them or none. Raises `RequestRefused`, such as ``not_allowed`` or ``too_many_subscriptions``.
+        """
+        await self._ask({"t": "sub", "topics": list(topics)})
+
+    async def unsubscribe(self, *topics: str) -> None:
+        """Follow these no longer; what is not followed is no error."""
+        await self._ask({"t": "unsub", "topics": list(topics)})
+
+    async def subscriptions(self) -> AsyncGenerator[str, None]:
+        """What the user follows, in the order of UTF-8 bytes; asks the gateway for some hundreds at a time."""
+        following: str | None = None
+        while True:
+            given = {} if following is None else {"after": following}
+            answer = await self._ask({"t": "subs", **given})
+            for topic in answer["topics"]:
+                yield topic
+            following = answer["next"]
+            if following is None:
+                return
+
     async def _ask(self, frame: Frame) -> Frame:
         """Send a request, when there is a connection, and wait for its answer."""
         try:

@@ -1,4 +1,4 @@
-"""``tidings gateway`` and ``tidings inbox``: one agent as a process of its own."""
+"""``tidings gateway``, ``inbox`` and ``fanout``: one agent as a process of its own."""
 
 from __future__ import annotations
 
@@ -27,6 +27,10 @@ def register(commands: Commands[argparse.ArgumentParser], common: argparse.Argum
         "inbox", parents=[common], help="run one inbox agent: it stores notifications", description=_inbox.__doc__
     )
     inbox.set_defaults(run=_inbox)
+    fanout = commands.add_parser(
+        "fanout", parents=[common], help="run one fan-out agent: it serves topics", description=_fanout.__doc__
+    )
+    fanout.set_defaults(run=_fanout)
 
 
 def _gateway(args: argparse.Namespace) -> int:
@@ -41,6 +45,13 @@ def _inbox(args: argparse.Namespace) -> int:
     from tidings.inbox.agent import InboxAgent
 
     return run(_agent(load(args), InboxAgent))
+
+
+def _fanout(args: argparse.Namespace) -> int:
+    """A fan-out agent, configured by the environment (TIDINGS_…) or --config, until SIGINT or SIGTERM."""
+    from tidings.fanout.agent import FanoutAgent
+
+    return run(_agent(load(args), FanoutAgent))
 
 
 async def _agent(settings: Settings, make: Callable[[Settings, Store], Service]) -> int:

@@ -18,6 +18,7 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, Final
 
+from tidings.fanout.agent import FanoutAgent
 from tidings.gateway.agent import Gateway
 from tidings.inbox.agent import InboxAgent
 from tidings.publish.publisher import Publisher
@@ -67,6 +68,7 @@ class DevMesh(Service):
         self._store: Store | None = None
         self._publisher: Publisher | None = None
         self._inbox: InboxAgent | None = None
+        self._fanout: FanoutAgent | None = None
         self._gateway: Gateway | None = None
 
     @property
@@ -107,7 +109,9 @@ class DevMesh(Service):
 
     async def _apply(self, connection: Connection) -> None:
         changes = await topology.plan(connection, self.settings)
-        lost = [change.body["name"] for change in changes if change.request.startswith("STREAM.CREATE.")]
+        made = [change.body["name"] for change in changes if change.request.startswith("STREAM.CREATE.")]
+        # A state folder of before there were topics has no stream for them yet.
+        lost = [name for name in made if name != topology.TOPICS]
         if self.folder.marker.streams_made and lost:
             raise TopologyMismatch(f"missing {', '.join(lost)}")
         await topology.apply(connection, self.settings)
@@ -153,16 +157,18 @@ class DevMesh(Service):
         # The inbox agent first: it announces the floors from which a gateway's sessions catch up.
         self._inbox = InboxAgent(self.settings, store)
         await self._inbox.start()
+        self._fanout = FanoutAgent(self.settings, store)
+        await self._fanout.start()
         routes = Routes(self.settings)
         self._gateway = Gateway(self.settings, store, routes=routes.add_to)
         self._publisher = routes.publisher = Publisher(self.settings.nats_url)
         await self._publisher.open()
         await self._gateway.start()
-        for service in (self.nats, self._inbox, self._gateway):
+        for service in (self.nats, self._inbox, self._fanout, self._gateway):
             self.spawn(service.failed())
 
     async def _drain(self) -> None:
-        agents = [agent.drain() for agent in (self._gateway, self._inbox) if agent is not None]
+        agents = [agent.drain() for agent in (self._gateway, self._fanout, self._inbox) if agent is not None]
         await self._within(_DRAIN_S + 0.3, "the agents drain", *agents)
 
     async def _stop(self) -> None:
@@ -174,7 +180,7 @@ class DevMesh(Service):
             self.folder.close()
 
     async def _stop_agents(self) -> None:
-        agents = [agent.stop() for agent in (self._gateway, self._inbox) if agent is not None]
+        agents = [agent.stop() for agent in (self._gateway, self._fanout, self._inbox) if agent is not None]
         if self._publisher is not None:
             agents.append(self._publisher.close())
         await self._within(_AGENTS_STOP_S, "the agents stop", *agents)

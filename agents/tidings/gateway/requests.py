@@ -1,13 +1,14 @@
-"""What a client asks of its inbox: `inbox`, `mark` and `count`, answered by the store."""
+"""What a client asks of the store: its inbox (`inbox`, `mark`, `count`) and its topics (`sub`, `unsub`, `subs`)."""
 
 from __future__ import annotations
 
 import logging
 
+from tidings.runtime.entitlement import Entitlement
 from tidings.store.port import PageQuery
 from tidings.wire import frames
-from tidings.wire.errors import BadPosition, StoreUnavailable, StreamUnavailable
-from tidings.wire.frames import Count, InboxQuery, Mark
+from tidings.wire.errors import BadPosition, StoreUnavailable, StreamUnavailable, TooManySubscriptions
+from tidings.wire.frames import InboxQuery, Mark, Request, Subscribe, Subscriptions, Unsubscribe
 from tidings.wire.position import Position
 
 from .hub import Hub
@@ -24,22 +25,40 @@ class Requests:
 
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
+        self._entitlement = Entitlement(hub.settings.subscribe_rules)
 
-    async def answer(self, session: Session, socket: Socket, request: InboxQuery | Mark | Count) -> None:
+    async def answer(self, session: Session, socket: Socket, request: Request) -> None:
         """Do what is asked and answer on the socket that asked."""
         try:
             if isinstance(request, InboxQuery):
                 socket.send(await self._inbox(session, request))
             elif isinstance(request, Mark):
                 await self._mark(session, socket, request)
+            elif isinstance(request, Subscribe):
+                socket.send(await self._subscribe(session, request))
+            elif isinstance(request, Unsubscribe):
+                await self._hub.store.unsubscribe(session.user, request.topics)
+                socket.send(frames.ok(request.ref))
+            elif isinstance(request, Subscriptions):
+                topics = await self._hub.store.subscriptions(session.user, request.after, request.limit)
+                following = topics[-1] if len(topics) == request.limit else None
+                socket.send(frames.ok(request.ref, topics=topics, next=following))
             else:
                 socket.send(frames.ok(request.ref, unread=await self._hub.store.unread(session.user)))
         except (StoreUnavailable, StreamUnavailable) as error:
             log.warning("a request of session %s was not answered: %s", session.id, error)
             code, message = StoreUnavailable.code, "the inbox does not answer now: ask again later"
             socket.send(frames.error(code, message, request.ref))
-        except BadPosition as error:
+        except (BadPosition, TooManySubscriptions) as error:
             socket.send(frames.error(error.code, str(error), request.ref))
+
+    async def _subscribe(self, session: Session, request: Subscribe) -> bytes:
+        """All of them or none. Answered when they are in force: fan-out agents ask the store for each message."""
+        refused = self._entitlement.refused(session.user, request.topics)
+        if refused:
+            return frames.error("not_allowed", f"{refused[0]!r} is not open to this user", request.ref)
+        await self._hub.store.subscribe(session.user, request.topics, self._hub.settings.subscriptions_max)
+        return frames.ok(request.ref)
 
     async def _inbox(self, session: Session, query: InboxQuery) -> bytes:
         page = await self._hub.store.page(

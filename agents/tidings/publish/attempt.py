@@ -12,7 +12,8 @@ from urllib.parse import quote
 import orjson
 
 from tidings.stream.consumers import status_of
-from tidings.stream.topology import notify_stream
+from tidings.stream.topology import TOPICS, notify_stream
+from tidings.wire import subject
 
 __all__ = ["Attempt", "Event", "Receipt", "Verdict", "read_answer"]
 
@@ -68,6 +69,7 @@ _NO_STREAM: Final = Verdict(
     "and check that the server's subject mapping is in force (`tidings doctor`)",
     unheard=True,
 )
+_TO_USER: Final = subject.notify_user("x").removesuffix("x")
 _STREAMS: Final = notify_stream(0).removesuffix("0")
 
 _STORE_FAILED: Final = 10077
@@ -92,7 +94,7 @@ def read_answer(header: bytes | None, payload: bytes) -> Verdict | None:
         if error is not None:
             return _refusal(error)
         stream = answer["stream"]
-        if not stream.startswith(_STREAMS):
+        if stream != TOPICS and not stream.startswith(_STREAMS):
             problem = (
                 f"stream {stream} stored it, from which no device reads: the server's subject mapping is not in force, "
                 "or that stream's subjects cover ours (`tidings doctor`)"
@@ -126,8 +128,9 @@ class Attempt:
         self.body = body
         self.reply = reply
         self.key = reply.encode()
-        # Users share a partition's stream, and may share an event's id: the message id names both.
-        token = where[where.rindex(".") + 1 :]
+        # Users share a partition's stream, topics theirs, and an event's id may be in use at several: the message id
+        # names both. A user's is short, and the same whether a service publishes to the user or to a topic.
+        token = where.removeprefix(_TO_USER)
         self.header = f"NATS/1.0\r\nNats-Msg-Id: {token}/{quote(id, safe='')}\r\n\r\n".encode()
         self.began = 0.0
         self.last_sent = 0.0

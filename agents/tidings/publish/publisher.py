@@ -22,7 +22,7 @@ import inspect
 import logging
 import secrets
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Sequence
 from datetime import datetime
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Self
@@ -130,10 +130,45 @@ class Publisher:
         id, body = build(type=type, data=data, source=self._source, id=id, time=time, topic=topic, **attributes)
         return await self._confirmed(self._begin(where, id, body))
 
+    async def publish_topic(
+        self,
+        topic: str,
+        type: str,
+        data: Any = None,
+        *,
+        id: str | None = None,
+        time: datetime | None = None,
+        **attributes: Any,
+    ) -> Receipt:
+        """Publish to everybody who has subscribed to the topic; otherwise like `publish`. Raises `BadTopic` too."""
+        where = subject.notify_topic(topic)
+        id, body = build(type=type, data=data, source=self._source, id=id, time=time, topic=topic, **attributes)
+        return await self._confirmed(self._begin(where, id, body))
+
     async def publish_body(self, user: str, body: bytes) -> Receipt:
         """Publish a CloudEvent that is ready; otherwise like `publish`."""
         where = subject.notify_user(user)
         return await self._confirmed(self._begin(where, check(body).id, body))
+
+    async def publish_copies(self, users: Sequence[str], id: str, body: bytes) -> None:
+        """Publish one ready CloudEvent, whose id is given, to many users at once.
+
+        Returns when the log has all copies. When some were not confirmed it raises the first one's error, with all
+        others settled: repeated, it adds nothing to those that are there.
+        """
+        attempts = [self._begin(subject.notify_user(user), id, body) for user in users]
+        problem: TidingsError | None = None
+        try:
+            for attempt in attempts:
+                try:
+                    await self._confirmed(attempt)
+                except TidingsError as error:
+                    problem = problem or error
+        finally:
+            for attempt in attempts:
+                self._waiting.pop(attempt.key, None)
+        if problem is not None:
+            raise problem
 
     async def publish_many(
         self,

@@ -70,6 +70,10 @@ class Settings:
     requests_per_session: int = _number(16, 1, 1000, "most inbox, mark and count requests under way on a connection")
     pull_expires_s: float = _number(300, 1, 3600, "how long one pull request waits at the server")
     consumer_idle_s: float = _number(300, 10, 86_400, "how long a killed gateway's consumers stay")
+    subscriptions_max: int = _number(10_000, 1, 1_000_000, "most subscriptions of a user")
+    subscribe_rules: str = _text(
+        ">", "which topics may be subscribed to: patterns, comma-separated, first match first; !pattern refuses"
+    )
     consumer_starts: int = _number(64, 1, 4096, "most consumers that a gateway makes at a time")
     delivery_marks: str = _text(
         "on", "note in the inbox when and where each was delivered first", choices=("on", "off")
@@ -88,6 +92,11 @@ class Settings:
     inbox_delay_ms: int = _number(100, 0, 10_000, "how long the first notification of a write waits for company")
     inbox_ack_wait_s: float = _number(60, 1, 3600, "how long a write may take before another inbox agent tries")
     floor_interval_s: float = _number(1, 0.05, 60, "how often the inbox floors are announced")
+
+    # The fan-out agent
+    fanout_batch: int = _number(256, 1, 10_000, "most topic messages that one fan-out agent has under way")
+    fanout_in_flight: int = _number(1024, 1, 100_000, "most copies that one fan-out agent has unconfirmed")
+    fanout_ack_wait_s: float = _number(60, 1, 3600, "how long a topic message may take before another agent tries")
 
     # All
     log_level: str = _text("info", "how much is logged", choices=("debug", "info", "warning", "error"))

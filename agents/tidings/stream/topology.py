@@ -3,6 +3,7 @@
 | stream | stores | shared consumer |
 |---|---|---|
 | ``NOTIFY_<n>`` | ``part.<n>.user.*``: the personal plane, mapped there from ``notify.user.*`` | ``inbox`` |
+| ``TOPICS`` | ``notify.topic.>``: what services publish to topics | ``fanout`` |
 | ``DEAD`` | ``dead.>``: what could not be understood or delivered | |
 
 The mapping is the server's configuration (an account's, in production); `probe_mapping` finds out whether it is
@@ -27,7 +28,9 @@ from .connection import ApiError, Connection
 
 __all__ = [
     "DEAD",
+    "FANOUT",
     "INBOX",
+    "TOPICS",
     "Change",
     "Topology",
     "apply",
@@ -39,8 +42,11 @@ __all__ = [
 ]
 
 DEAD: Final = "DEAD"
+TOPICS: Final = "TOPICS"
 INBOX: Final = "inbox"
 """The inbox agents' durable consumer, one a partition."""
+FANOUT: Final = "fanout"
+"""The fan-out agents' durable consumer, on `TOPICS`."""
 
 _PARTITIONS: Final = "tidings_partitions"
 _INCARNATION: Final = "tidings_incarnation"
@@ -51,6 +57,10 @@ _NAME_IN_USE: Final = 10058
 
 def notify_stream(partition: int) -> str:
     return f"NOTIFY_{partition}"
+
+
+def _is_partition(stream: str) -> bool:
+    return stream.startswith("NOTIFY_")
 
 
 def mapping(partitions: int) -> tuple[str, str]:
@@ -106,18 +116,21 @@ async def plan(connection: Connection, settings: Settings) -> list[Change]:
     found = await _streams(connection)
     changes: list[Change] = []
     count = sum(name.startswith("NOTIFY_") for name in found)
-    known = {info["config"].get("metadata", {}).get(_PARTITIONS) for name, info in found.items() if name != DEAD}
+    known = {info["config"].get("metadata", {}).get(_PARTITIONS) for name, info in found.items() if _is_partition(name)}
     if count and known != {str(settings.partitions)}:
         raise TopologyMismatch(
             f"the streams were made for {', '.join(map(str, known))} partitions and the settings say "
             f"{settings.partitions}: the number is fixed, because users' positions belong to their partition"
         )
-    for config in (*(_notify(settings, number) for number in range(settings.partitions)), _dead(settings)):
+    partitions = (_notify(settings, number) for number in range(settings.partitions))
+    for config in (*partitions, _topics(settings), _dead(settings)):
         changes.extend(_stream_change(config, found.get(config["name"])))
     for number in range(settings.partitions):
         stream = notify_stream(number)
-        existing = await _consumer(connection, stream) if stream in found else None
-        changes.extend(_consumer_change(stream, settings, existing))
+        existing = await _consumer(connection, stream, INBOX) if stream in found else None
+        changes.extend(_consumer_change(stream, _inbox_consumer(settings), existing))
+    existing = await _consumer(connection, TOPICS, FANOUT) if TOPICS in found else None
+    changes.extend(_consumer_change(TOPICS, _fanout_consumer(settings), existing))
     return changes
 
 
@@ -155,6 +168,25 @@ def _notify(settings: Settings, number: int) -> dict[str, Any]:
     }
 
 
+def _topics(settings: Settings) -> dict[str, Any]:
+    return {
+        "name": TOPICS,
+        "description": "Tidings: what services publish to topics",
+        "subjects": [subject.TOPICS_WILDCARD],
+        "storage": "file",
+        "num_replicas": settings.replicas,
+        "retention": "limits",
+        "discard": "new",
+        "max_age": settings.stream_max_age_s * 1_000_000_000,
+        "max_bytes": settings.stream_max_bytes,
+        "max_msg_size": MAX_BODY_BYTES + _HEADER_ROOM,
+        "max_consumers": settings.stream_max_consumers,
+        "duplicate_window": min(settings.duplicate_window_s, settings.stream_max_age_s) * 1_000_000_000,
+        "allow_direct": True,
+        "metadata": {},
+    }
+
+
 def _dead(settings: Settings) -> dict[str, Any]:
     return {
         "name": DEAD,
@@ -187,6 +219,20 @@ def _inbox_consumer(settings: Settings) -> dict[str, Any]:
     }
 
 
+def _fanout_consumer(settings: Settings) -> dict[str, Any]:
+    return {
+        "durable_name": FANOUT,
+        "description": "Tidings: the fan-out agents make copies of these",
+        "ack_policy": "explicit",
+        "deliver_policy": "all",
+        "ack_wait": int(settings.fanout_ack_wait_s * 1_000_000_000),
+        "max_deliver": -1,
+        # What agents give back for a while is pending too: one busy topic must not keep the others from being sent.
+        "max_ack_pending": 100_000,
+        "max_waiting": 128,
+    }
+
+
 def _stream_change(config: dict[str, Any], found: dict[str, Any] | None) -> list[Change]:
     name = config["name"]
     if found is None:
@@ -198,19 +244,19 @@ def _stream_change(config: dict[str, Any], found: dict[str, Any] | None) -> list
     return [Change(f"update stream {name}: {', '.join(differing)}", f"STREAM.UPDATE.{name}", merged)]
 
 
-def _consumer_change(stream: str, settings: Settings, found: dict[str, Any] | None) -> list[Change]:
-    config = _inbox_consumer(settings)
+def _consumer_change(stream: str, config: dict[str, Any], found: dict[str, Any] | None) -> list[Change]:
+    name = config["durable_name"]
     differing = sorted(key for key, value in config.items() if found is None or found.get(key) != value)
     if not differing:
         return []
-    text = f"create consumer {INBOX} on {stream}" if found is None else f"update consumer {INBOX} on {stream}"
+    text = f"create consumer {name} on {stream}" if found is None else f"update consumer {name} on {stream}"
     body = {"stream_name": stream, "config": config, "action": ""}
-    return [Change(text, f"CONSUMER.CREATE.{stream}.{INBOX}", body)]
+    return [Change(text, f"CONSUMER.CREATE.{stream}.{name}", body)]
 
 
-async def _consumer(connection: Connection, stream: str) -> dict[str, Any] | None:
+async def _consumer(connection: Connection, stream: str, name: str) -> dict[str, Any] | None:
     try:
-        config: dict[str, Any] = (await connection.api(f"CONSUMER.INFO.{stream}.{INBOX}"))["config"]
+        config: dict[str, Any] = (await connection.api(f"CONSUMER.INFO.{stream}.{name}"))["config"]
     except ApiError as error:
         if error.status == _NOT_FOUND:
             return None
@@ -225,7 +271,7 @@ async def _streams(connection: Connection) -> dict[str, dict[str, Any]]:
         streams = answer.get("streams") or []
         found.update((info["config"]["name"], info) for info in streams)
         if not streams or len(found) >= answer.get("total", 0):
-            return {name: info for name, info in found.items() if name == DEAD or name.startswith("NOTIFY_")}
+            return {name: info for name, info in found.items() if name in (DEAD, TOPICS) or _is_partition(name)}
 
 
 async def probe_mapping(connection: Connection, partitions: int, *, timeout_s: float = 2.0) -> None:

@@ -59,6 +59,11 @@ ERRORS: Final = (
     ErrorCode("unknown_type", "no frame of this type exists", False),
     ErrorCode("bad_position", "a position was not handed out by this mesh", False),
     ErrorCode("too_many_requests", "too many requests are under way on this connection", True),
+    ErrorCode("bad_topic", "a topic is no name of levels with dots between them", False),
+    ErrorCode("topic_too_long", "a topic has too many characters", False),
+    ErrorCode("topic_too_deep", "a topic has too many levels", False),
+    ErrorCode("not_allowed", "the user may not have this subscription", False),
+    ErrorCode("too_many_subscriptions", "the user has as many subscriptions as one may have", False),
     ErrorCode("store_unavailable", "the inbox does not answer now; deliveries go on", True),
     ErrorCode("not_supported", "this gateway does not offer it", False),
 )

@@ -11,7 +11,7 @@ from typing import Final
 
 from .errors import BadTopic
 
-__all__ = ["MAX_LEVELS", "MAX_TOPIC", "check_pattern", "check_topic", "covers", "patterns_of"]
+__all__ = ["MAX_LEVELS", "MAX_TOPIC", "check_pattern", "check_topic", "covers_all", "meet", "patterns_of"]
 
 MAX_LEVELS: Final = 8
 MAX_TOPIC: Final = 200
@@ -58,8 +58,11 @@ def patterns_of(topic: str) -> tuple[str, ...]:
     return (topic, *(".".join(levels[:depth]) + _SUBTREE for depth in range(1, len(levels))))
 
 
-def covers(pattern: str, topic: str) -> bool:
-    """If a subscription to the pattern has the topic."""
-    if pattern.endswith(_SUBTREE):
-        return topic.startswith(pattern[:-1])
-    return topic == pattern
+def covers_all(pattern: str, other: str) -> bool:
+    """If a pattern has every topic of another pattern (or that one topic)."""
+    return other == pattern or (pattern.endswith(_SUBTREE) and other.startswith(pattern[:-1]))
+
+
+def meet(one: str, other: str) -> bool:
+    """If there is a topic that both patterns have."""
+    return covers_all(one, other) or covers_all(other, one)

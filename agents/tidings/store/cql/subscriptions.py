@@ -1,6 +1,6 @@
 """Who follows what, by user and by topic.
 
-A topic's subscribers lie on *levels* of 1, 16, 256 and 4096 partitions. A subscription is written to the highest level
+A topic's subscribers lie on *levels* of 1, 16, 256 and 4096 partitions. A subscription is written to the highest
 that the topic has, where a hash of the user names the partition; the topic gets its next level when one of its partitions
 has grown to some thousands. Nothing is ever moved: who came earlier stays on the lower level. So no partition
 exceeds some ten thousand rows (the last level's: from forty million subscribers on), and a topic of a few is one read.

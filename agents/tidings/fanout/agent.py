@@ -1,0 +1,263 @@
+"""The fan-out agent.
+
+Reads: ``TOPICS``, through the shared durable consumer ``fanout``; subscribers, from the store.
+Writes: a personal copy for each subscriber to ``notify.user.<user>``; dead letters to ``DEAD``.
+Acks when: every copy is durable in the log, or the body is durable as a dead letter.
+Crash costs: nothing. What was not acknowledged is redelivered, here or to another fan-out agent, and copied again under
+the same message ids, which adds nothing to the copies that are there (within the log's duplicate window).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections import deque
+from typing import Final, NamedTuple
+
+import orjson
+
+from tidings.publish import Publisher
+from tidings.runtime.backoff import Backoff
+from tidings.runtime.service import Service
+from tidings.runtime.settings import Settings
+from tidings.store.port import Store, SubscriberPage
+from tidings.stream import consumers
+from tidings.stream.connection import Connection, connect
+from tidings.stream.consumers import Delivery
+from tidings.stream.topology import FANOUT, TOPICS
+from tidings.wire import subject
+from tidings.wire.errors import (
+    BadTopic,
+    InvalidNotification,
+    PublishRefused,
+    PublishUnconfirmed,
+    StoreUnavailable,
+    StreamUnavailable,
+)
+from tidings.wire.notification import MAX_BODY_BYTES, check
+from tidings.wire.topic import patterns_of
+
+__all__ = ["FanoutAgent"]
+
+_PULL_EXPIRES_NS: Final = 30_000_000_000
+_PULL_AGAIN_S: Final = 1.0
+_SLICE: Final = 128
+"""Copies that a topic sends before others have their turn."""
+_MOST_OF_ONE: Final = 32
+"""Messages of one topic that wait here; further ones go back for a while, and leave their places to other topics."""
+_GIVEN_BACK_S: Final = 1.0
+_REMEMBERED: Final = 100_000
+"""Users that are known to have their copy: who has subscribed twice over is sent one."""
+
+
+class _Message(NamedTuple):
+    """One message of a topic."""
+
+    where: str
+    body: bytes
+    reply: bytes
+    delivery: Delivery
+
+
+class FanoutAgent(Service):
+    """One fan-out process; any number of them share the work. `store` is opened and closed by whoever made it.
+
+    Messages of a topic are copied in their order, and topics side by side: each sends some copies in its turn, so that
+    one with a million subscribers does not hold up the others. Memory is bounded by the messages (``fanout_batch``) and
+    copies (``fanout_in_flight``) under way.
+    """
+
+    name = "fanout"
+
+    def __init__(self, settings: Settings, store: Store) -> None:
+        super().__init__()
+        self._settings = settings
+        self._store = store
+        self._id = secrets.token_hex(4)
+        self._connection: Connection
+        self._publisher: Publisher
+        self._waiting: dict[str, deque[_Message]] = {}
+        """By topic, in the order of the stream; the first of each is being copied."""
+        self._held = 0
+        self._turns = asyncio.Semaphore(max(1, settings.fanout_in_flight // _SLICE))
+        self._pulls = 0
+        self._pull_left = 0
+
+    async def _start(self) -> None:
+        self._connection = connection = await connect(self._settings, "tidings-fanout", found=self._reconnected)
+        self._publisher = Publisher(connection, timeout_s=self._settings.fanout_ack_wait_s / 2)
+        await self._publisher.open()
+        await connection.listen(subject.fanout_pull(self._id, "*"), self._receive)
+        await connection.flush()
+        for loop in (self._pull_where_none, self._keep):
+            self.spawn(loop())
+        self.log.info("fan-out agent %s reads %s", self._id, TOPICS)
+
+    async def _stop(self) -> None:
+        if hasattr(self, "_publisher"):
+            await self._publisher.close()
+        if hasattr(self, "_connection"):
+            await self._connection.finish()
+
+    async def _reconnected(self) -> None:
+        """No pull survives a broken connection; what it had under way is redelivered."""
+        self._pull()
+
+    # Messages in
+
+    def _pull(self) -> None:
+        """Ask for as many messages as there is room for."""
+        room = self._settings.fanout_batch - self._held
+        if room <= 0:
+            self._pull_left = 0
+            return
+        self._pulls += 1
+        self._pull_left = room
+        consumers.pull(
+            self._connection,
+            TOPICS,
+            FANOUT,
+            subject.fanout_pull(self._id, self._pulls),
+            batch=room,
+            expires_ns=_PULL_EXPIRES_NS,
+        )
+
+    async def _pull_where_none(self) -> None:
+        """A pull that was refused (no consumer yet, a leader that moves) is tried again."""
+        while True:
+            if self._pull_left <= 0:
+                self._pull()
+            await asyncio.sleep(_PULL_AGAIN_S)
+
+    async def _keep(self) -> None:
+        """Tell JetStream of what takes its time that it is under way."""
+        while True:
+            await asyncio.sleep(self._settings.fanout_ack_wait_s / 3)
+            for messages in self._waiting.values():
+                for message in messages:
+                    self._connection.ack(message.reply, b"+WPI")
+
+    def _receive(self, where: bytes, reply: bytes, header: bytes | None, body: bytes) -> None:
+        if not reply:
+            self._pull_ended(where, header)
+            return
+        self._pull_left -= 1
+        message = _Message(where.decode(), body, reply, consumers.parse_reply(reply))
+        waiting = self._waiting.get(message.where)
+        if waiting is None:
+            waiting = self._waiting[message.where] = deque()
+            self.spawn(self._work(message.where, waiting))
+        elif len(waiting) >= _MOST_OF_ONE:
+            consumers.nak(self._connection, reply, _GIVEN_BACK_S)
+            self._pull_if_room()
+            return
+        waiting.append(message)
+        self._held += 1
+        self._pull_if_room()
+
+    def _pull_if_room(self) -> None:
+        if self._pull_left <= 0 and 2 * self._held <= self._settings.fanout_batch:
+            self._pull()
+
+    def _pull_ended(self, where: bytes, header: bytes | None) -> None:
+        """A pull expired, or the consumer did not answer."""
+        if header is None or int(where.rpartition(b".")[2]) != self._pulls:
+            return
+        status, description = consumers.status_of(header)
+        self._pull_left = 0
+        if status == 408:
+            self._pull()
+        else:
+            self.log.debug("a pull ended: %d %s", status, description.decode())
+
+    # Copies out
+
+    async def _work(self, where: str, waiting: deque[_Message]) -> None:
+        """Copy a topic's messages, one after the other, until none waits."""
+        try:
+            while waiting:
+                if await self._fan_out(waiting[0]):
+                    self._connection.ack(waiting[0].reply)
+                waiting.popleft()
+                self._held -= 1
+                self._pull_if_room()
+        finally:
+            del self._waiting[where]
+
+    async def _fan_out(self, message: _Message) -> bool:
+        """Copy one message to all subscribers, however long it takes; False when it is a dead letter instead."""
+        try:
+            topic = subject.topic_of(message.where)
+            envelope = check(message.body)
+        except (BadTopic, InvalidNotification) as error:
+            await self._bury(message, error.code, str(error))
+            return False
+        body = message.body if envelope.topic == topic else _with_topic(message.body, topic)
+        served: set[str] = set()
+        for pattern in patterns_of(topic):
+            after: str | None = None
+            while True:
+                page = await self._subscribers(pattern, after)
+                users = [user for user in dict.fromkeys(page.users) if user not in served]
+                if len(served) < _REMEMBERED:
+                    served.update(users)
+                for at in range(0, len(users), _SLICE):
+                    await self._copy(users[at : at + _SLICE], envelope.id, body)
+                after = page.next
+                if after is None:
+                    break
+        return True
+
+    async def _subscribers(self, pattern: str, after: str | None) -> SubscriberPage:
+        backoff = Backoff(0.1, 5.0)
+        while True:
+            try:
+                return await self._store.subscribers(pattern, after, 4 * _SLICE)
+            except StoreUnavailable as error:
+                delay = backoff.next()
+                self.log.warning("%d topic messages wait %.1f s for the store: %s", self._held, delay, error)
+                await asyncio.sleep(delay)
+
+    async def _copy(self, users: list[str], id: str, body: bytes) -> None:
+        """Have the log store these copies, however often it takes."""
+        backoff = Backoff(0.1, 5.0)
+        while True:
+            async with self._turns:
+                try:
+                    await self._publisher.publish_copies(users, id, body)
+                    return
+                except (PublishUnconfirmed, PublishRefused, StreamUnavailable) as error:
+                    problem = error
+            delay = backoff.next()
+            self.log.warning("%d copies of %s wait %.1f s for the log: %s", len(users), id, delay, problem)
+            await asyncio.sleep(delay)
+
+    async def _bury(self, message: _Message, reason: str, detail: str) -> None:
+        """Make a dead letter of what is no notification; unacknowledged until that is durable."""
+        delivery = message.delivery
+        self.log.warning("message %d on %s is a dead letter: %s", delivery.stream_sequence, message.where, detail)
+        try:
+            await consumers.bury(
+                self._connection,
+                "topic",
+                message.body,
+                key=f"invalid.{TOPICS}.{delivery.stored_ns}.{delivery.stream_sequence}",
+                reason=reason,
+                detail=detail,
+                origin_subject=message.where,
+                stream=TOPICS,
+                sequence=delivery.stream_sequence,
+                attempts=delivery.delivered,
+            )
+        except StreamUnavailable as error:
+            self.log.warning("the dead letter waits for its redelivery: %s", error)
+        else:
+            self._connection.ack(message.reply, b"+TERM")
+
+
+def _with_topic(body: bytes, topic: str) -> bytes:
+    """The event with its topic, by which the inbox finds it; as it came where it has no room for that."""
+    event = orjson.loads(body)
+    event["topic"] = topic
+    named = orjson.dumps(event)
+    return named if len(named) <= MAX_BODY_BYTES else body
