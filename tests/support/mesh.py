@@ -136,6 +136,12 @@ class Mesh:
         await agent.said(r"reads \d+ partitions")
         return agent
 
+    async def fanout(self, **settings: Any) -> Agent:
+        """Start a fan-out process; returns when it is ready."""
+        agent = await self._start("fanout", settings)
+        await agent.said(r"reads TOPICS")
+        return agent
+
     async def stuck_inbox(self) -> Agent:
         """An inbox process that stores and then neither acknowledges nor goes on."""
         return await self._start("inbox", {}, program=["-P", str(Path(__file__).with_name("stuck_inbox.py"))])
@@ -179,6 +185,19 @@ class Mesh:
         await self.connection.store(subject.notify_user(user), body, {"Nats-Msg-Id": id})
         self.ledger.accept(user, id)
         return id
+
+    async def publish_topic(self, topic: str, *users: str, count: int = 1, size: int = 0) -> list[str]:
+        """Publish to a topic; the ledger has each as accepted for these users."""
+        ids = []
+        for _ in range(count):
+            self._sent += 1
+            data = {"number": self._sent, "filler": "x" * size}
+            id, body = build(type="test.made", data=data, id=f"n{self._sent}", topic=topic)
+            await self.connection.store(subject.notify_topic(topic), body, {"Nats-Msg-Id": id})
+            for user in users:
+                self.ledger.accept(user, id)
+            ids.append(id)
+        return ids
 
     async def stored(self, user: str, *ids: str) -> None:
         """Wait until the inbox has these."""

@@ -1,4 +1,4 @@
-"""``tidings publish``: one notification to one user."""
+"""``tidings publish``: one notification to one user, or to a topic."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ __all__ = ["register"]
 
 def register(commands: Commands[argparse.ArgumentParser], common: argparse.ArgumentParser) -> None:
     parser = commands.add_parser(
-        "publish", parents=[common], help="publish a notification to a user", description=_publish.__doc__
+        "publish", parents=[common], help="publish a notification to a user or a topic", description=_publish.__doc__
     )
-    parser.add_argument("--user", required=True, help="whom it is for")
+    to = parser.add_mutually_exclusive_group(required=True)
+    to.add_argument("--user", help="whom it is for")
+    to.add_argument("--topic", help="it is for everybody who follows this topic, such as post.42")
     parser.add_argument("--type", required=True, help="what happened, such as social.like")
     parser.add_argument("--data", metavar="JSON", help="what the device gets to show")
     parser.add_argument("--id", help="the same id is the same notification: use it to try again (default: a new one)")
@@ -44,7 +46,11 @@ async def _send(settings: Settings, args: argparse.Namespace, data: Any) -> int:
     from tidings.publish.publisher import Publisher
 
     async with Publisher(settings) as publisher:
-        published = await publisher.publish(args.user, type=args.type, data=data, id=args.id)
+        event = {"type": args.type, "data": data, "id": args.id}
+        if args.topic is None:
+            published = await publisher.publish(args.user, **event)
+        else:
+            published = await publisher.publish_topic(args.topic, **event)
     again = " (it was there already)" if published.duplicate else ""
     print(f"{published.id} {published.stream} {published.seq}{again}")
     return 0

@@ -1,9 +1,9 @@
 """Who may subscribe to what: one function, over a list of rules.
 
-A rule is a pattern (see `tidings.wire.topic`), ``>`` for everything, or either with ``!`` before it to refuse; ``{user}``
-stands for the user's own id, escaped as in a subject. The first rule that says something of a subscription decides: one
-that allows has to cover all of it, one that refuses has to touch it. What no rule allows is refused. Ahead of all
-rules ``user.<own id>.>`` is the user's own, and nobody else's.
+A rule is a pattern (see `tidings.wire.topic`), ``>`` for everything, or either with ``!`` before it to refuse;
+``{user}`` stands for the user's own id, escaped as in a subject. The first rule that says something of a subscription
+decides: one that allows has to cover all of it, one that refuses has to touch it. What no rule allows is refused. Ahead
+of all rules ``user.<own id>.>`` is the user's own, and nobody else's.
 """
 
 from __future__ import annotations

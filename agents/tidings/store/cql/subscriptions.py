@@ -1,13 +1,13 @@
 """Who follows what, by user and by topic.
 
-A topic's subscribers lie on *levels* of 1, 16, 256 and 4096 partitions. A subscription is written to the highest
-that the topic has, where a hash of the user names the partition; the topic gets its next level when one of its partitions
-has grown to some thousands. Nothing is ever moved: who came earlier stays on the lower level. So no partition
-exceeds some ten thousand rows (the last level's: from forty million subscribers on), and a topic of a few is one read.
-A subscription that is ended is deleted on all of them.
+A topic's subscribers lie on *levels* of 1, 16, 256 and 4096 partitions. A subscription is written to the highest level
+that the topic has, where a hash of the user names the partition; the topic gets its next level when one of its
+partitions has grown to some thousands. Nothing is ever moved: who came earlier stays on the lower level. So no
+partition exceeds some ten thousand rows (the last level's: from forty million subscribers on), and a topic of a few is
+one read. A subscription that is ended is deleted on all of them.
 
-Of the two tables the user's is written first, and last: what `subscriptions` shows is in force, and what is in force, or
-may be, is found by `erase`. All writes of a call have timestamps of its moment: of two calls at once the later one
+Of the two tables the user's is written first, and last: what `subscriptions` shows is in force, and what is in force,
+or may be, is found by `erase`. All writes of a call have timestamps of its moment: of two calls at once the later one
 wins in both tables.
 """
 
