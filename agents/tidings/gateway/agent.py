@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Final
 
 import orjson
 from aiohttp import web
@@ -32,6 +33,10 @@ from .session import Session
 from .socket import Socket
 
 __all__ = ["Gateway"]
+
+_GULP_S: Final = 0.003
+"""What comes from NATS within so long is read at once: at 2,000 notifications a second one costs 64 µs of CPU, where it
+costs 109 without and 90 with a millisecond (one run), and the median goes from 0.2 ms to 2.2."""
 
 
 class Gateway(Service):
@@ -82,6 +87,7 @@ class Gateway(Service):
         self._door = Door(hub, opener)
         for loop in (keeper.write_cursors, keeper.write_notes, keeper.keep_time, keeper.mend, keeper.probe):
             self.spawn(loop())
+        connection.gulp_s = _GULP_S
         await self._listen()
         self.log.info("gateway %s listens on %s:%d", hub.gateway, self._settings.host, self.port)
 
