@@ -163,7 +163,7 @@ async def _streams(connection: Connection, settings: Settings) -> _Finding:
         some = ", ".join(change.text for change in changes[:3])
         more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
         return _fail(f"streams: they are not as the settings want them ({some}{more}): run `tidings topology apply`")
-    return _ok("streams: all there, with their inbox consumers")
+    return _ok("streams: all there, with their shared consumers")
 
 
 async def _clock(connection: Connection) -> _Finding:

@@ -97,16 +97,23 @@ async def _show(connection: Connection, settings: Settings) -> None:
 
     found = await topology.discover(connection)
     print(f"{found.partitions} partitions")
-    rows = [("stream", "messages", "bytes", "replicas", "consumers", "inbox behind", "incarnation")]
+    rows = [("stream", "messages", "bytes", "replicas", "consumers", "behind", "incarnation")]
     for number, incarnation in enumerate(found.incarnations):
         name = topology.notify_stream(number)
-        inbox = await connection.api(f"CONSUMER.INFO.{name}.{topology.INBOX}")
-        behind = inbox["num_pending"] + inbox["num_ack_pending"]
-        rows.append((*_numbers(await connection.api(f"STREAM.INFO.{name}")), str(behind), f"{incarnation:x}"))
+        behind = await _behind(connection, name, topology.INBOX)
+        rows.append((*_numbers(await connection.api(f"STREAM.INFO.{name}")), behind, f"{incarnation:x}"))
+    behind = await _behind(connection, topology.TOPICS, topology.FANOUT)
+    rows.append((*_numbers(await connection.api(f"STREAM.INFO.{topology.TOPICS}")), behind, ""))
     rows.append((*_numbers(await connection.api(f"STREAM.INFO.{topology.DEAD}")), "", ""))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+async def _behind(connection: Connection, stream: str, consumer: str) -> str:
+    """Messages that the agents have not acknowledged."""
+    info = await connection.api(f"CONSUMER.INFO.{stream}.{consumer}")
+    return str(info["num_pending"] + info["num_ack_pending"])
 
 
 def _numbers(info: dict[str, Any]) -> tuple[str, str, str, str, str]:

@@ -1,0 +1,108 @@
+"""Kills of fan-out agents and of the log half-way through a crowd: nobody misses a copy, nobody gets two."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final
+
+import pytest
+
+from support.clock import PATIENCE_S
+from support.ledger import stored_ids
+from support.mesh import Agent, Mesh
+
+CROWD: Final = 1500
+MOST: Final = 10_000
+
+
+async def crowd(mesh: Mesh, topic: str, count: int = CROWD) -> list[str]:
+    """So many users follow a topic."""
+    users = [f"user{number}" for number in range(count)]
+    for first in range(0, count, 250):
+        await asyncio.gather(*(mesh.store.subscribe(user, [topic], MOST) for user in users[first : first + 250]))
+    return users
+
+
+async def copies(mesh: Mesh) -> int:
+    """How many there are in the log."""
+    streams = (await mesh.connection.api("STREAM.LIST"))["streams"]
+    return sum(info["state"]["messages"] for info in streams if info["config"]["name"].startswith("NOTIFY_"))
+
+
+async def half_way(mesh: Mesh, agents: list[Agent]) -> None:
+    """Wait until some copies are there, and have all agents stand still: not all are."""
+    async with asyncio.timeout(PATIENCE_S):
+        while not await copies(mesh):
+            await asyncio.sleep(0)
+    for agent in agents:
+        agent.freeze()
+
+
+async def each_has_one(mesh: Mesh, users: list[str], ids: list[str]) -> None:
+    """In the end every user has a copy of each, in the log and in the inbox, and nobody two."""
+    async with asyncio.timeout(3 * PATIENCE_S):
+        while (await mesh.connection.api("CONSUMER.INFO.TOPICS.fanout"))["ack_floor"]["stream_seq"] < len(ids):
+            await asyncio.sleep(0.05)
+    assert await copies(mesh) == len(users) * len(ids)
+    for user in users:
+        await mesh.stored(user, *ids)
+        assert sorted(await stored_ids(mesh.store, user)) == sorted(ids)
+
+
+@pytest.mark.parametrize("how", ["killed", "frozen"])
+async def test_agent_dies_half_way(mesh: Mesh, how: str) -> None:
+    """Another agent takes over what one had, all of it; one that thaws and goes on adds nothing."""
+    users = await crowd(mesh, "crowd")
+    first = await mesh.fanout(fanout_ack_wait_s=2, fanout_in_flight=128)
+    ids = await mesh.publish_topic("crowd", *users)
+    await half_way(mesh, [first])
+    assert 0 < await copies(mesh) < CROWD
+    if how == "killed":
+        await first.kill_agent()
+    await mesh.fanout(fanout_ack_wait_s=2)
+    await mesh.inbox()
+    await each_has_one(mesh, users, ids)
+    if how == "frozen":
+        first.thaw()
+    ids += await mesh.publish_topic("crowd", *users)
+    await each_has_one(mesh, users, ids)
+
+
+async def test_agents_come_and_go_under_load(mesh: Mesh) -> None:
+    """Three lives of an agent, each killed in the middle of something, beside one that stays."""
+    users = await crowd(mesh, "crowd", 100)
+    await mesh.inbox()
+    await mesh.fanout(fanout_ack_wait_s=1)
+    ids: list[str] = []
+    for _ in range(3):
+        agent = await mesh.fanout(fanout_ack_wait_s=1)
+        ids += await mesh.publish_topic("crowd", *users, count=20)
+        await agent.kill_agent()
+    await each_has_one(mesh, users, ids)
+
+
+async def test_nats_restarts_half_way(mesh: Mesh) -> None:
+    """The log goes away in the middle of a crowd, and comes back."""
+    users = await crowd(mesh, "crowd")
+    await mesh.inbox()
+    await mesh.fanout(fanout_ack_wait_s=2, fanout_in_flight=128)
+    ids = await mesh.publish_topic("crowd", *users)
+    async with asyncio.timeout(PATIENCE_S):
+        while not await copies(mesh):
+            await asyncio.sleep(0)
+    mesh.nats.kill()
+    await mesh.nats.answering()
+    await each_has_one(mesh, users, ids)
+
+
+async def test_a_busy_topic_delays_no_other(mesh: Mesh) -> None:
+    """While a topic has more than an agent takes in, what is published to another one is copied at once."""
+    users = await crowd(mesh, "crowd", 300)
+    await mesh.inbox()
+    await mesh.fanout(fanout_batch=64, fanout_in_flight=128)
+    await mesh.store.subscribe("alice", ["small"], MOST)
+    busy = await mesh.publish_topic("crowd", *users, count=120)
+    (id,) = await mesh.publish_topic("small", "alice")
+    await mesh.stored("alice", id)
+    assert await copies(mesh) < len(users) * len(busy), "the busy topic is not done yet"
+    await each_has_one(mesh, users, [*busy])
