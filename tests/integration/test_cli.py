@@ -149,16 +149,20 @@ async def test_topology_plan_apply_show(nats: NatsServer) -> None:
     environment = small(nats)
     planned = await answer("topology", "plan", **environment)
     assert planned.out[0] == "create stream NOTIFY_0"
-    # A stream and a consumer a partition, and the dead letters.
-    assert planned.out[-1].startswith(f"{2 * PARTITIONS + 1} to do")
+    # A stream and a consumer a partition, the same for the topics, and the dead letters.
+    assert planned.out[-1].startswith(f"{2 * PARTITIONS + 3} to do")
     applied = await answer("topology", "apply", **environment)
     assert applied.process.returncode == 0
-    assert applied.out == [*planned.out[:-1], f"{2 * PARTITIONS + 1} done"]
+    assert applied.out == [*planned.out[:-1], f"{2 * PARTITIONS + 3} done"]
     again = await answer("topology", "apply", **environment)
     assert again.out == ["nothing to do"]
     shown = await answer("topology", "show", "--nats", nats.url)
     assert shown.out[0] == f"{PARTITIONS} partitions"
-    assert [line.split()[0] for line in shown.out[2:]] == [*(f"NOTIFY_{n}" for n in range(PARTITIONS)), "DEAD"]
+    assert [line.split()[0] for line in shown.out[2:]] == [
+        *(f"NOTIFY_{n}" for n in range(PARTITIONS)),
+        "TOPICS",
+        "DEAD",
+    ]
 
 
 async def test_topology_show_of_nothing(nats: NatsServer) -> None:
@@ -307,6 +311,7 @@ async def test_doctor_on_a_good_mesh(mesh: Mesh) -> None:
     environment = {
         **small(mesh.nats),
         "TIDINGS_STORE_URL": mesh.settings.store_url,
+        "TIDINGS_FANOUT_ACK_WAIT_S": str(mesh.settings.fanout_ack_wait_s),
         "TIDINGS_MAX_SESSIONS": "10",
     }
     ran = await answer("doctor", cwd=mesh.folder, **environment)
