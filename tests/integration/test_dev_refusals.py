@@ -24,8 +24,8 @@ async def nothing_left(tmp_path: Path) -> AsyncIterator[None]:
 @pytest.fixture
 async def used(tmp_path: Path) -> Path:
     """A state folder that was in use."""
-    async with dev(tmp_path / "state"):
-        pass
+    async with dev(tmp_path / "state") as mesh:
+        await mesh.publish("alice", "before")
     return tmp_path / "state"
 
 
@@ -88,12 +88,27 @@ _STREAMS = "nats/jetstream/jetstream/$G/streams"
         (_replace("token.key"), "token.key", "Make it readable"),
         (_write("tidings.db", "garbage" * 1000), "tidings.db", "--fresh"),
         (_replace("tidings.db"), "tidings.db", "--fresh"),
+        (_write("tidings.db", "x"), "inbox", "--store"),
+        (lambda state: (state / "tidings.db").unlink(), "inbox", "--store"),
         (_replace("nats/jetstream"), "nats/jetstream", "Make it a folder"),
         (_replace("nats"), "nats", "Make it a folder"),
         (_write(f"{_STREAMS}/NOTIFY_3/meta.inf", "garbage"), "missing NOTIFY_3", "--fresh"),
         (_write(f"{_STREAMS}/NOTIFY_3/obs/inbox/o.dat", "garbage"), "NOTIFY_3.inbox", "--fresh"),
     ],
-    ids=["marker", "format", "key", "key-folder", "db", "db-folder", "jetstream", "nats", "stream", "consumer"],
+    ids=[
+        "marker",
+        "format",
+        "key",
+        "key-folder",
+        "db",
+        "db-folder",
+        "db-cut-off",
+        "db-gone",
+        "jetstream",
+        "nats",
+        "stream",
+        "consumer",
+    ],
 )
 async def test_damaged_state(damage: Callable[[Path], object], said: str, remedy: str, used: Path) -> None:
     """Each damage is a sentence that names it and says what to do; --fresh begins anew."""

@@ -27,7 +27,7 @@ from tidings.runtime.service import Service, State
 from tidings.runtime.settings import Settings
 from tidings.store.factory import is_cql, open_store_url
 from tidings.store.port import Store
-from tidings.stream import topology
+from tidings.stream import consumers, topology
 from tidings.stream.connection import ApiError, Connection, connect
 from tidings.stream.server import NatsServer
 from tidings.wire.errors import StartFailed, StoreUnavailable, StreamUnavailable, TopologyMismatch
@@ -135,6 +135,8 @@ class DevMesh(Service):
 
     async def _open_store(self) -> Store:
         url, elsewhere = self.settings.store_url, is_cql(self.settings.store_url)
+        if not elsewhere:
+            await self._check_inbox()
         store = open_store_url(url, retention_days=self.settings.retention_days)
         try:
             if elsewhere:
@@ -146,6 +148,19 @@ class DevMesh(Service):
                 raise StartFailed(f"the inbox cannot be opened: {error}") from None
             raise self._damaged(f"the inbox cannot be opened: {error}") from None
         return store
+
+    async def _check_inbox(self) -> None:
+        """SQLite takes a file that is gone, or cut off, for a new one: what was in it would be lost in silence."""
+        if not self.folder.inbox_is_empty():
+            return
+        connection = self._connection
+        assert connection is not None
+        numbers = range(self.settings.partitions)
+        if any(await asyncio.gather(*(consumers.last_sequence(connection, number) for number in numbers))):
+            raise StartFailed(
+                f"the inbox in {self.folder.path} is missing or empty, and the log is not: put a copy of it back, name "
+                "the store that it was in with --store, or begin anew with --fresh, which deletes what is stored there"
+            )
 
     def _damaged(self, what: str) -> StartFailed:
         return StartFailed(

@@ -36,6 +36,8 @@ _MARKER: Final = "tidings.state"
 _LOCK: Final = "lock"
 _KEY: Final = "token.key"
 _DATABASE: Final = "tidings.db"
+_LEAST_DATABASE: Final = 512
+"""Bytes: SQLite's smallest page."""
 _NATS: Final = "nats"
 _RUNTIME: Final = "runtime.json"
 _LEAST_KEY: Final = 32
@@ -81,6 +83,11 @@ class StateFolder:
     @property
     def store_url(self) -> str:
         return f"sqlite:///{quote(str(self.path / _DATABASE))}"
+
+    def inbox_is_empty(self) -> bool:
+        """No inbox was stored here, or it is gone."""
+        file = self.path / _DATABASE
+        return not file.exists() or (file.is_file() and file.stat().st_size < _LEAST_DATABASE)
 
     def open(self, *, fresh: bool = False) -> None:
         """Take the folder for this process, make it if need be, and check it; `fresh` empties it first."""
