@@ -24,6 +24,7 @@ from support.device import Device
 from support.mesh import KEY, Mesh, running_mesh
 from tidings.client import Client
 from tidings.dev.mesh import DevMesh
+from tidings.fanout.agent import FanoutAgent
 from tidings.gateway.agent import Gateway
 from tidings.inbox.agent import InboxAgent
 from tidings.publish import Receipt
@@ -189,7 +190,7 @@ def stop(service: Service) -> asyncio.Task[None]:
 
 # What there is to start
 
-KINDS: Final = ["gateway", "inbox", "nats-server", "dev"]
+KINDS: Final = ["gateway", "inbox", "fanout", "nats-server", "dev"]
 FEWER: Final = {"dev": 8}
 """Of the awaits of a start, each so-and-so-many-th is tried; otherwise each."""
 
@@ -208,6 +209,8 @@ class Makers:
             return Gateway(settings, self.mesh.store)
         if kind == "inbox":
             return InboxAgent(settings, self.mesh.store)
+        if kind == "fanout":
+            return FanoutAgent(settings, self.mesh.store)
         if kind == "nats-server":
             return NatsServer(self.own, partitions=4)
         return DevMesh(Settings(port=0, drain_s=0.1, **changed), self.own, nats_port=0)
@@ -325,7 +328,7 @@ async def stop_restart(makers: Makers, at: int) -> None:
 async def test_agents_without_nats(makers: Makers) -> None:
     """An agent that finds no server says so, and leaves nothing."""
     with taken_port() as port:
-        for kind in ("gateway", "inbox"):
+        for kind in ("gateway", "inbox", "fanout"):
             agent = makers.make(kind, nats_url=f"nats://127.0.0.1:{port}", request_timeout_s=0.2)
             with pytest.raises(StreamUnavailable):
                 await agent.start()
@@ -336,7 +339,7 @@ async def test_agents_without_streams(makers: Makers) -> None:
     """An agent that finds no streams, when it is connected already, closes its connection."""
     empty = NatsServer(makers.own)
     await empty.start()
-    for kind in ("gateway", "inbox"):
+    for kind in ("gateway", "inbox", "fanout"):
         async with nothing_left():
             agent = makers.make(kind, nats_url=empty.url)
             with pytest.raises(TidingsError):
@@ -548,7 +551,7 @@ async def test_clients_that_do_not_answer_are_waited_for_together(makers: Makers
 
 
 @pytest.mark.parametrize("moment", ["it is away", "it comes back during the goodbye", "it is found"])
-@pytest.mark.parametrize("kind", ["gateway", "inbox"])
+@pytest.mark.parametrize("kind", ["gateway", "inbox", "fanout"])
 async def test_agent_stopped_while_nats_is_down(makers: Makers, kind: str, moment: str) -> None:
     """An agent that cannot say goodbye stops all the same, and does not begin anew when the server comes back."""
     nats = makers.mesh.nats

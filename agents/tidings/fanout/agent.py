@@ -21,7 +21,7 @@ from tidings.runtime.backoff import Backoff
 from tidings.runtime.service import Service
 from tidings.runtime.settings import Settings
 from tidings.store.port import Store, SubscriberPage
-from tidings.stream import consumers
+from tidings.stream import consumers, topology
 from tidings.stream.connection import Connection, connect
 from tidings.stream.consumers import Delivery
 from tidings.stream.topology import FANOUT, TOPICS
@@ -85,6 +85,7 @@ class FanoutAgent(Service):
 
     async def _start(self) -> None:
         self._connection = connection = await connect(self._settings, "tidings-fanout", found=self._reconnected)
+        await topology.check_topics(connection)
         self._publisher = Publisher(connection, timeout_s=self._settings.fanout_ack_wait_s / 2)
         await self._publisher.open()
         await connection.listen(subject.fanout_pull(self._id, "*"), self._receive)

@@ -34,6 +34,7 @@ __all__ = [
     "Change",
     "Topology",
     "apply",
+    "check_topics",
     "discover",
     "mapping",
     "notify_stream",
@@ -109,6 +110,12 @@ async def discover(connection: Connection) -> Topology:
             "a NOTIFY stream does not say its incarnation: it was not made by `tidings topology apply`"
         ) from None
     return Topology(partitions, incarnations)
+
+
+async def check_topics(connection: Connection) -> None:
+    """Raise `TopologyMismatch` when topics have no stream, or fan-out agents no consumer."""
+    if await _consumer(connection, TOPICS, FANOUT) is None:
+        raise TopologyMismatch(f"the server has no consumer {FANOUT} on {TOPICS}: run `tidings topology apply`")
 
 
 async def plan(connection: Connection, settings: Settings) -> list[Change]:
