@@ -353,3 +353,11 @@ async def test_doctor_without_a_running_mesh(state: Path) -> None:
     ran = await answer("doctor", "--state", state)
     assert ran.process.returncode == 1
     assert str(state) in ran.sentence()
+
+
+@pytest.mark.parametrize("url", ["", "nats://127.0.0.1:notaport", "nats://127.0.0.1:99999", "nats://a,,nats://b"])
+async def test_no_address_of_a_server(url: str) -> None:
+    """An address that is none is named, with one that would be."""
+    ran = await answer("publish", "--user", "alice", "--type", "t", "--nats", url)
+    assert ran.process.returncode == 1
+    assert "nats://127.0.0.1:4222" in ran.sentence()

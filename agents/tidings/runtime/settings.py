@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 from tidings.wire.errors import BadSettings
 
@@ -105,6 +106,9 @@ class Settings:
     def __post_init__(self) -> None:
         for item in fields(self):
             _check(item.name, getattr(self, item.name), item.metadata)
+        for server in self.nats_url.split(","):
+            if not _is_server(server):
+                raise BadSettings(f"nats_url has the server {server!r}: it must be like nats://127.0.0.1:4222")
         if self.window > self.window_max:
             raise BadSettings(f"window is {self.window}: it may not be above window_max, which is {self.window_max}")
         if self.token_key and len(self.token_key) < 32:
@@ -129,6 +133,14 @@ class Settings:
         return [
             (ENVIRONMENT_PREFIX + item.name.upper(), str(item.default), item.metadata["text"]) for item in fields(cls)
         ]
+
+
+def _is_server(text: str) -> bool:
+    parts = urlsplit(text if "://" in text else f"nats://{text}")
+    try:
+        return bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        return False
 
 
 _TYPES: Final[dict[str, type]] = {
