@@ -262,8 +262,10 @@ class Session:
             if entry.attempts >= limit:
                 self.hub.exhausted(self, text, entry)
                 continue
-            entry.attempts += 1
-            entry.sent_at = now
+            # A device that comes and goes within the time of one attempt has had one, however often it is sent.
+            if not entry.attempts or now - entry.sent_at > 0.9 * self.hub.settings.ack_wait_s:
+                entry.attempts += 1
+                entry.sent_at = now
             items.append(frames.notification_item(text, entry.attempts, entry.body))
             size += len(entry.body)
             if size >= _FRAME_BYTES:
