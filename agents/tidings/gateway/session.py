@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Session", "SessionState"]
 
+_PULL_AGAIN_S = 1.0
 _FRAME_BYTES = 65_536
 """Where a run of notifications is cut into frames."""
 
@@ -203,7 +204,14 @@ class Session:
         gone = status in (404, 503) or (status == 409 and b"Deleted" in description)
         if gone:
             self.hub.lost(self)
+        elif status == 408:
+            self.pull()
         else:
+            # Such as: pulls of before a reconnect still wait there, as many as may.
+            asyncio.get_running_loop().call_later(_PULL_AGAIN_S, self._pull_again, number)
+
+    def _pull_again(self, number: int) -> None:
+        if number == self._pulls and not self.has_ended():
             self.pull()
 
     # From the inbox
