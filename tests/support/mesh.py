@@ -39,6 +39,7 @@ QUICK: Final[dict[str, Any]] = {
     "ack_wait_s": 1.0 * SCALE,
     "linger_s": 2.0 * SCALE,
     "cursor_flush_s": 0.2,
+    "inbox_ack_wait_s": 2.0 * SCALE,
     "fanout_ack_wait_s": 2.0 * SCALE,
     "floor_interval_s": 0.2,
     "probe_interval_s": 0.3,
