@@ -746,6 +746,16 @@ class StoreConformance:
 
     # Subscriptions
 
+    async def test_floors(self, store: Store) -> None:
+        """What was noted last of each partition is told, whether or not it was noted of others too."""
+        assert await store.floors() == {}
+        await store.note_floors({0: Position(7, 10), 63: Position(8, 2**40)})
+        await store.note_floors({0: Position(7, 11), 1: Position(9, 1)})
+        expected = {0: Position(7, 11), 1: Position(9, 1), 63: Position(8, 2**40)}
+        assert await store.floors() == expected
+        await store.note_floors({1: Position(10, 0)})
+        assert await store.floors() == expected | {1: Position(10, 0)}
+
     async def test_subscribe(self, store: Store) -> None:
         """A user's subscriptions are listed in order, once each, and its topics list the user."""
         await store.subscribe(ALICE, ["post.42", "a.>", "post.42.>"], MOST)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from typing import Any
 
 import pytest
@@ -79,6 +80,25 @@ async def test_store_down_at_connect_with_since(mesh: Mesh) -> None:
         await phone.leave()
         missed = await mesh.publish("alice", 3)
         store.down = True
+        await phone.connect(since=since)
+        await phone.expect(*missed)
+        mesh.ledger.check_device("alice", "phone", phone.ids, most_copies=1)
+
+
+async def test_unknown_to_the_store(mesh: Mesh) -> None:
+    """A device that the store has no cursor of goes on from where it says, out of the inbox and then the log."""
+    async with inside(mesh, linger_s=0) as (_, gateway, phone):
+        await mesh.inbox()
+        await phone.connect()
+        await phone.expect(*await mesh.publish("alice", 2))
+        since = phone.items[-1]["pos"]
+        await phone.leave()
+        missed = await mesh.publish("alice", 3)
+        await mesh.stored("alice", *missed)
+        await mesh.floors_announced()
+        await until(lambda: not gateway.hub.released and not len(gateway.hub), "the session is gone")
+        with closing(sqlite3.connect(mesh.folder / "tidings.db")) as db, db:
+            assert db.execute("DELETE FROM cursors").rowcount == 1
         await phone.connect(since=since)
         await phone.expect(*missed)
         mesh.ledger.check_device("alice", "phone", phone.ids, most_copies=1)

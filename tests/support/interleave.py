@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import Context
 from dataclasses import dataclass, field
@@ -337,6 +337,13 @@ class Shelf:
 
     async def unread(self, user: str) -> int:
         return 0
+
+    async def floors(self) -> dict[int, Position]:
+        """The log never loses its end here."""
+        return {}
+
+    async def note_floors(self, floors: Mapping[int, Position]) -> None:
+        """Nobody reads them."""
 
     async def expire(self, before_ns: int) -> int:
         return 0
@@ -941,6 +948,9 @@ def stepped_agents() -> Iterator[None]:
     async def discover(connection: Wire) -> Topology:
         return Topology(1, (INCARNATION,))
 
+    async def renew(connection: Wire, known: Mapping[int, Position]) -> Topology:
+        return Topology(1, (INCARNATION,))
+
     clock = SimpleNamespace(monotonic=lambda: World.current.loop.time(), time_ns=time.time_ns)
     logger, handler = logging.getLogger("tidings"), _Mistakes(logging.ERROR)
     level = logger.level
@@ -949,7 +959,7 @@ def stepped_agents() -> Iterator[None]:
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(inbox_module, "connect", connect)
-            patch.setattr(inbox_module, "topology", SimpleNamespace(discover=discover))
+            patch.setattr(inbox_module, "topology", SimpleNamespace(discover=discover, renew=renew))
             patch.setattr(inbox_module, "time", clock)
             yield
     finally:

@@ -144,6 +144,15 @@ class Mesh:
         await agent.said(r"reads TOPICS")
         return agent
 
+    async def stop_nats(self) -> None:
+        """Stop nats-server as an operator does, until `start_nats`."""
+        await self.nats.stop()
+
+    async def start_nats(self) -> None:
+        """Start it again where it was, on whatever its folder has now."""
+        self.nats = NatsServer(self.nats.folder, partitions=PARTITIONS, port=self.nats.port)
+        await self.nats.start()
+
     async def stuck_inbox(self) -> Agent:
         """An inbox process that stores and then neither acknowledges nor goes on."""
         return await self._start("inbox", {}, program=["-P", str(Path(__file__).with_name("stuck_inbox.py"))])
@@ -264,4 +273,4 @@ async def running_mesh(folder: Path, **changed: Any) -> AsyncIterator[Mesh]:
         await mesh.close()
         await connection.close()
         await store.close()
-        await nats.stop()
+        await mesh.nats.stop()

@@ -79,7 +79,7 @@ class Gateway(Service):
         store = GuardedStore(self._store, self._settings.store_timeout_s)
         self._hub = hub = Hub(self._settings, store, connection, found, self.spawn)
         await self._read_floors(hub)
-        await connection.listen(subject.INBOX_FLOOR, lambda *message: hub.floors.heard(*message))
+        await connection.listen(subject.INBOX_FLOOR, self._heard_floors)
         await connection.listen(subject.gateway_wildcard(hub.gateway), self._receive)
         await connection.flush()
         opener = Opener(hub)
@@ -143,6 +143,13 @@ class Gateway(Service):
         else:
             hub.on_pull_reply(where, reply, header, body)
 
+    def _heard_floors(self, where: bytes, reply: bytes, header: bytes | None, body: bytes) -> None:
+        floors = self.hub.floors
+        floors.heard(where, reply, header, body)
+        if floors.outdated:
+            floors.outdated = False
+            self.spawn(self._check_topology(self.hub))
+
     async def _reconnected(self) -> None:
         """The connection to NATS is back: no pull survived it, and perhaps no consumer."""
         hub = self._hub
@@ -160,7 +167,7 @@ class Gateway(Service):
             self.log.warning("the topology cannot be read: %s", error)
             return
         if found != hub.topology:
-            self.log.warning("the streams were made anew: every session starts again")
+            self.log.warning("the streams are new ones, or were restored: every session starts again")
             sessions = list(hub.by_id.values())
             hub.change_topology(found)
             for session in sessions:

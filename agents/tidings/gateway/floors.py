@@ -23,6 +23,8 @@ class Floors:
     def __init__(self, topology: Topology) -> None:
         self._topology = topology
         self._floors = [Position(incarnation, 0) for incarnation in topology.incarnations]
+        self.outdated = False
+        """Somebody knows of a newer log than ours."""
 
     def __getitem__(self, partition: int) -> Position:
         return self._floors[partition]
@@ -43,3 +45,5 @@ class Floors:
         for partition, (incarnation, sequence) in enumerate(pairs[: self._topology.partitions]):
             if incarnation == self._topology.incarnations[partition]:
                 self.raise_to(partition, sequence)
+            elif incarnation > self._topology.incarnations[partition]:
+                self.outdated = True

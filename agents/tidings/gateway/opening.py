@@ -119,11 +119,13 @@ class Opener:
             hub.replaced(session)
         if session.has_ended():
             return Plan(0, floor)
-        if claimed.first:
+        tells = since is not None and (claimed.first or since > cursor.floor) and await hub.is_real(session, since)
+        if since is not None and tells:
+            # Also of a device that was never seen: the store has lost it, and its own word is all there is.
+            cursor = Cursor(since) if claimed.first else _raised(cursor, since)
+        elif claimed.first:
             now = await consumers.last_sequence(hub.connection, session.partition)
             cursor = Cursor(max(floor, Position(session.incarnation, now)))
-        if since is not None and since > cursor.floor and await hub.is_real(session, since):
-            cursor = _raised(cursor, since)
         real = await hub.is_real(session, cursor.floor)
         if not real:
             log.warning("the cursor of session %s is ahead of its stream: was it restored or recreated?", session.id)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
 import orjson
@@ -44,6 +44,7 @@ _EXPIRE_EVERY_S: Final = 600
 _GULP_S: Final = 0.02
 """Rows wait for company anyway: at 2,000 notifications a second reading them in gulps takes off a third of the CPU."""
 _DAY_NS: Final = 86_400_000_000_000
+_NOWHERE: Final = Position(0, 0)
 
 
 class _Poison(NamedTuple):
@@ -89,6 +90,9 @@ class InboxAgent(Service):
         self._pull_left: list[int] = []
         self._pulls: list[int] = []
         self._others_announced = 0.0
+        self._resumed = asyncio.Event()
+        """It is known which log this is: its messages may be asked for."""
+        self._noted: dict[int, Position] = {}
 
     async def _start(self) -> None:
         self._connection = connection = await connect(self._settings, "tidings-inbox", found=self._reconnected)
@@ -99,10 +103,8 @@ class InboxAgent(Service):
         await connection.listen(subject.inbox_pull(self._id, "*", "*"), self._receive)
         await connection.listen(subject.INBOX_FLOOR, self._heard_floors)
         await connection.flush()
-        for loop in (self._write, self._announce_floors, self._expire):
+        for loop in (self._resume, self._write, self._announce_floors, self._expire):
             self.spawn(loop())
-        for partition in range(partitions):
-            self._pull(partition)
         connection.gulp_s = min(_GULP_S, self._settings.inbox_delay_ms / 1000)
         self.log.info("inbox agent %s reads %d partitions", self._id, partitions)
 
@@ -112,18 +114,21 @@ class InboxAgent(Service):
 
     async def _reconnected(self) -> None:
         """No pull survives a broken connection; what it had under way is redelivered."""
+        self._resumed.clear()
         self.spawn(self._resume())
 
     async def _resume(self) -> None:
-        """Read the streams' incarnations before anything of them: a position must name the right one."""
+        """Before anything is read, find out which log this is: a position must name the right incarnation."""
         backoff = Backoff(0.1, 2.0)
         while True:
             try:
-                self._topology = await topology.discover(self._connection)
+                self._noted = await self._store.floors()
+                self._topology = await topology.renew(self._connection, self._noted)
                 break
             except TidingsError as error:
-                self.log.warning("the topology cannot be read: %s", error)
+                self.log.warning("nothing is read yet: %s", error)
                 await asyncio.sleep(backoff.next())
+        self._resumed.set()
         for partition in range(self._topology.partitions):
             self._pull(partition)
 
@@ -131,7 +136,7 @@ class InboxAgent(Service):
 
     def _pull(self, partition: int) -> None:
         """Ask for the partition's next messages, unless enough of them wait for the store."""
-        if len(self._rows) >= 4 * self._settings.inbox_batch:
+        if not self._resumed.is_set() or len(self._rows) >= 4 * self._settings.inbox_batch:
             self._pull_left[partition] = 0
             return
         self._pulls[partition] += 1
@@ -277,6 +282,7 @@ class InboxAgent(Service):
         """Tell the gateways up to where everything is in the store; one agent's word is enough for all."""
         interval = self._settings.floor_interval_s
         while True:
+            await self._resumed.wait()
             if time.monotonic() - self._others_announced >= interval:
                 try:
                     await self._announce()
@@ -290,6 +296,20 @@ class InboxAgent(Service):
         partitions = range(self._topology.partitions)
         incarnations = self._topology.incarnations
         floors = await asyncio.gather(*(consumers.inbox_floor(self._connection, number) for number in partitions))
-        if incarnations == self._topology.incarnations:
-            body = {"agent": self._id, "incarnations": incarnations, "floors": floors}
-            self._connection.send(subject.INBOX_FLOOR, orjson.dumps(body))
+        if incarnations != self._topology.incarnations:
+            return
+        body = {"agent": self._id, "incarnations": incarnations, "floors": floors}
+        self._connection.send(subject.INBOX_FLOOR, orjson.dumps(body))
+        await self._note(list(map(Position, incarnations, floors)))
+
+    async def _note(self, floors: Sequence[Position]) -> None:
+        """Keep the floors in the store as well, by which a log that lost its end is recognised."""
+        moved = {number: at for number, at in enumerate(floors) if at > self._noted.get(number, _NOWHERE)}
+        if not moved:
+            return
+        try:
+            await self._store.note_floors(moved)
+        except StoreUnavailable as error:
+            self.log.debug("%d floors are noted later: %s", len(moved), error)
+        else:
+            self._noted.update(moved)

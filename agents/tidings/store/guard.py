@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 from tidings.runtime.backoff import Backoff
@@ -163,6 +163,12 @@ class GuardedStore:
 
     async def append(self, rows: Sequence[InboxRow]) -> None:
         await self._observed(self._store.append(rows))
+
+    async def floors(self) -> dict[int, Position]:
+        return await self._observed(self._store.floors())
+
+    async def note_floors(self, floors: Mapping[int, Position]) -> None:
+        await self._observed(self._store.note_floors(floors))
 
     async def save(self, updates: Sequence[CursorUpdate]) -> list[Lost]:
         return await self._observed(self._store.save(updates))

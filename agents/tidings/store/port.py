@@ -10,7 +10,7 @@ all is one watermark, however many rows lie below it, and also covers those that
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, NamedTuple, Protocol
 
@@ -192,6 +192,12 @@ class Store(Protocol):
 
         Raises `RowsRefused` when some can never be stored; all others then are durable.
         """
+
+    async def floors(self) -> dict[int, Position]:
+        """The inbox floors that were noted, by partition: a log that ends below its own has lost its end."""
+
+    async def note_floors(self, floors: Mapping[int, Position]) -> None:
+        """Note inbox floors; of two who note one in the same moment, either stays."""
 
     async def page(self, user: str, query: PageQuery) -> InboxPage:
         """One page of what the query asks for; following `next` shows each row once, whatever is stored meanwhile."""

@@ -14,8 +14,10 @@ the streams' metadata, so that agents need no setting for them.
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -23,6 +25,7 @@ from tidings.runtime.settings import Settings
 from tidings.wire import subject
 from tidings.wire.errors import StreamUnavailable, TopologyMismatch
 from tidings.wire.notification import MAX_BODY_BYTES
+from tidings.wire.position import Position
 
 from .connection import ApiError, Connection
 
@@ -40,6 +43,7 @@ __all__ = [
     "notify_stream",
     "plan",
     "probe_mapping",
+    "renew",
 ]
 
 DEAD: Final = "DEAD"
@@ -54,6 +58,8 @@ _INCARNATION: Final = "tidings_incarnation"
 _HEADER_ROOM: Final = 4096
 _NOT_FOUND: Final = 404
 _NAME_IN_USE: Final = 10058
+
+log = logging.getLogger("tidings.topology")
 
 
 def notify_stream(partition: int) -> str:
@@ -110,6 +116,34 @@ async def discover(connection: Connection) -> Topology:
             "a NOTIFY stream does not say its incarnation: it was not made by `tidings topology apply`"
         ) from None
     return Topology(partitions, incarnations)
+
+
+async def renew(connection: Connection, known: Mapping[int, Position]) -> Topology:
+    """Give each partition whose log ends below a position that is known of it a new incarnation; returns what holds now.
+
+    Such a log was restored from an older copy, or lost its end in a power cut. It gives sequences away a second time,
+    and under the old incarnation two notifications would have one position. Two who renew at once agree: the new
+    incarnation follows from the position.
+    """
+    topology = await discover(connection)
+    for partition, position in known.items():
+        if partition >= topology.partitions:
+            continue
+        stream = notify_stream(partition)
+        info = await connection.api(f"STREAM.INFO.{stream}")
+        config, end = info["config"], info["state"]["last_seq"]
+        if position <= Position(int(config["metadata"][_INCARNATION]), end):
+            continue
+        log.warning(
+            "%s ends at %d, and the inbox has it up to %d: it was restored from an older copy, or lost its end. "
+            "It goes on under a new incarnation",
+            stream,
+            end,
+            position.sequence,
+        )
+        config["metadata"][_INCARNATION] = str(position.incarnation + 1)
+        await connection.api(f"STREAM.UPDATE.{stream}", config)
+    return await discover(connection)
 
 
 async def check_topics(connection: Connection) -> None:

@@ -49,6 +49,8 @@ _STATEMENTS: Final = {
     "archived_all": f"UPDATE inbox_state USING TTL ? AND TIMESTAMP ? SET archived_all = archived_all + ? {_HEAD}",
     "seen_less": f"UPDATE inbox_state USING TIMESTAMP ? SET seen_all = seen_all - ? {_HEAD}",
     "archived_less": f"UPDATE inbox_state USING TIMESTAMP ? SET archived_all = archived_all - ? {_HEAD}",
+    "floors": "SELECT part, floor FROM inbox_floors WHERE plane = 'user'",
+    "note_floor": "UPDATE inbox_floors USING TIMESTAMP ? SET floor = ? WHERE plane = 'user' AND part = ?",
     # Devices
     "cursor": "SELECT state FROM cursors WHERE user = ? AND device = ?",
     "cursors": "SELECT user, device, state FROM cursors WHERE user IN ?",

@@ -23,7 +23,7 @@ three reads; a device one write a flush, and its share of a read.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -47,7 +47,7 @@ from tidings.wire.position import Position
 from . import schema
 from .database import Database, Where
 from .devices import Devices
-from .encoding import Clock
+from .encoding import Clock, pack, unpack
 from .inbox import Inbox
 from .statements import statements
 from .subscriptions import Subscribing
@@ -130,6 +130,18 @@ class CqlStore:
     async def append(self, rows: Sequence[InboxRow]) -> None:
         with self._call():
             await self._inbox.append(rows)
+
+    async def floors(self) -> dict[int, Position]:
+        with self._call():
+            found = await self._database.read(self._sql["floors"])
+            return {part: unpack(floor) for part, floor in found}
+
+    async def note_floors(self, floors: Mapping[int, Position]) -> None:
+        with self._call():
+            now, note = self._clock.now(), self._sql["note_floor"]
+            await self._database.write(
+                self._database.batch(note.bind((now, pack(floor), part)) for part, floor in floors.items())
+            )
 
     async def page(self, user: str, query: PageQuery) -> InboxPage:
         with self._call():

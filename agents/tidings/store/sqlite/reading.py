@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple
 from tidings.store.port import MISSED_CAP, UNREAD_CAP, Delivered, InboxItem, InboxPage, PageQuery
 from tidings.wire.position import Position
 
-__all__ = ["LAST", "NOWHERE", "Watermarks", "between", "missed", "page", "unread", "watermarks"]
+__all__ = ["LAST", "NOWHERE", "Watermarks", "between", "floors", "missed", "page", "unread", "watermarks"]
 
 NOWHERE: Final = Position(0, 0)
 LAST: Final = Position(2**62, 0)
@@ -117,6 +117,10 @@ def _sources(
     else:
         yield _ARCHIVED, max(low, marks.archived), high
         yield _ALL_ARCHIVED, low, min(high, marks.archived)
+
+
+def floors(db: sqlite3.Connection) -> dict[int, Position]:
+    return {part: Position(*at) for part, *at in db.execute("SELECT part, incarnation, sequence FROM floors")}
 
 
 def between(db: sqlite3.Connection, user: str, after: Position, upto: Position, limit: int) -> list[InboxItem]:

@@ -71,4 +71,7 @@ MIGRATIONS: Final = (
     CREATE TABLE subscriptions (user TEXT NOT NULL, topic TEXT NOT NULL, PRIMARY KEY (user, topic)) WITHOUT ROWID;
     CREATE INDEX subscribers ON subscriptions (topic, user);
     """,
+    """
+    CREATE TABLE floors (part INTEGER PRIMARY KEY, incarnation INTEGER NOT NULL, sequence INTEGER NOT NULL);
+    """,
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -56,6 +56,12 @@ class SqliteStore:
         refused = await self._database.write(lambda db: writing.append(db, values))
         if refused:
             raise RowsRefused(refused)
+
+    async def floors(self) -> dict[int, Position]:
+        return await self._database.read(reading.floors)
+
+    async def note_floors(self, floors: Mapping[int, Position]) -> None:
+        await self._database.write(lambda db: writing.note_floors(db, floors))
 
     async def page(self, user: str, query: PageQuery) -> InboxPage:
         return await self._database.read(lambda db: reading.page(db, user, query))

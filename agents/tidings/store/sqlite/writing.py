@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from tidings.store.port import DeliveredMark, InboxRow, MarkAllAs
@@ -24,6 +24,7 @@ __all__ = [
     "expire_watermarks",
     "mark",
     "mark_all",
+    "note_floors",
 ]
 
 SLICE: Final = 2000
@@ -114,6 +115,10 @@ def delivered(db: sqlite3.Connection, marks: Sequence[DeliveredMark]) -> None:
         _DELIVERED,
         [(stored_ns, *first, user, *at, user, *at) for user, at, stored_ns, first in marks],
     )
+
+
+def note_floors(db: sqlite3.Connection, floors: Mapping[int, Position]) -> None:
+    db.executemany("INSERT OR REPLACE INTO floors VALUES (?, ?, ?)", [(part, *at) for part, at in floors.items()])
 
 
 def mark(db: sqlite3.Connection, user: str, positions: Sequence[Position], as_: MarkAs) -> None:
