@@ -1,4 +1,4 @@
-"""A log that was restored from an older copy, under a store that has seen more: nothing published afterwards is lost."""
+"""A log restored from an older copy, under a store that has seen more: nothing published afterwards is lost."""
 
 from __future__ import annotations
 

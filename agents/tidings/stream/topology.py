@@ -119,7 +119,7 @@ async def discover(connection: Connection) -> Topology:
 
 
 async def renew(connection: Connection, known: Mapping[int, Position]) -> Topology:
-    """Give each partition whose log ends below a position that is known of it a new incarnation; returns what holds now.
+    """Give each partition whose log ends below a position that is known of it a new incarnation; returns what holds.
 
     Such a log was restored from an older copy, or lost its end in a power cut. It gives sequences away a second time,
     and under the old incarnation two notifications would have one position. Two who renew at once agree: the new
