@@ -13,9 +13,12 @@ from hypothesis import strategies as st
 
 from support.clock import until
 from support.device import Device
+from support.faulty import FaultyStore
 from support.mesh import KEY, Mesh
+from tidings.gateway import session as session_module
 from tidings.gateway.agent import Gateway
 from tidings.runtime.tokens import issue
+from tidings.stream import consumers
 from tidings.wire import codes
 from tidings.wire.position import Position
 
@@ -159,3 +162,66 @@ async def test_hostile_frames_cost_nobody_else(gateway: Gateway, mesh: Mesh) -> 
     await bystander.expect(*await mesh.publish("bystander", 3))
     await until(lambda: len(gateway.hub) == 1, "only the bystander's session is left")
     await bystander.close()
+
+
+async def test_requests_without_end(mesh: Mesh) -> None:
+    """Who goes on asking while too many requests are under way is refused, and then sent away to come back later."""
+    store = FaultyStore(mesh.store)
+    changed = {name: getattr(mesh.settings, name) for name in type(mesh.settings).__slots__}
+    gateway = Gateway(type(mesh.settings)(**changed), store)  # type: ignore[arg-type]
+    await gateway.start()
+    mallory = client(gateway)
+    try:
+        await mallory.connect()
+        released = asyncio.Event()
+
+        async def held(name: str) -> None:
+            if name == "page":
+                await released.wait()
+
+        store.before = held
+        most = gateway.hub.settings.requests_per_session
+        for number in range(most + 50):
+            await mallory.send({"t": "inbox", "ref": number})
+        refused = await mallory.expect_frame("error", ref=most + 49)
+        assert refused["code"] == "too_many_requests"
+        released.set()
+        await mallory.expect_frame("ok", ref=most - 1)
+        released.clear()
+        for number in range(most + 100):
+            await mallory.send({"t": "inbox", "ref": 1000 + number})
+        assert await mallory.closed() == 4429
+        assert codes.reconnects(4429)
+    finally:
+        released.set()
+        await mallory.close()
+        await gateway.stop()
+
+
+async def test_refused_pulls(gateway: Gateway, mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pull that the consumer has no room for is made again after a while, not at once and for ever."""
+    monkeypatch.setattr(session_module, "_PULL_AGAIN_S", 0.3)
+    phone = client(gateway, "alice")
+    await phone.connect()
+    (session,) = gateway.hub.by_id.values()
+    pulls = 0
+
+    def count(where: bytes, reply: bytes, header: bytes | None, body: bytes) -> None:
+        nonlocal pulls
+        pulls += reply.startswith(b"gw.")
+
+    # Pulls of somebody else that wait at the server, as those of a broken connection do.
+    other = await mesh.connection.listen("other.*", lambda *message: None)
+    watch = await mesh.connection.listen(f"$JS.API.CONSUMER.MSG.NEXT.*.{session.consumer}", count)
+    started = asyncio.get_running_loop().time()
+    for number in range(4):
+        consumers.pull(mesh.connection, session.stream, session.consumer, f"other.{number}", batch=1, expires_ns=10**9)
+    await mesh.connection.flush()
+    session.pull()
+    await asyncio.sleep(1)
+    await mesh.connection.flush()
+    assert 2 <= pulls <= 2 + (asyncio.get_running_loop().time() - started) / 0.3
+    await phone.expect(*await mesh.publish("alice"))
+    await watch.unsubscribe()
+    await other.unsubscribe()
+    await phone.close()

@@ -27,6 +27,7 @@ from .socket import Socket
 __all__ = ["Door"]
 
 _RETRY_SPREAD_MS: Final = 3000
+_MOST_REFUSED: Final = 100
 
 log = logging.getLogger("tidings.gateway")
 
@@ -252,7 +253,7 @@ def _since(hello: Hello) -> Position | None:
 class _Conversation:
     """The frames of one attached client."""
 
-    __slots__ = ("_hub", "_requests", "_session", "_socket", "_under_way")
+    __slots__ = ("_hub", "_refused", "_requests", "_session", "_socket", "_under_way")
 
     def __init__(self, hub: Hub, requests: Requests, session: Session, socket: Socket) -> None:
         self._hub = hub
@@ -260,6 +261,8 @@ class _Conversation:
         self._session = session
         self._socket = socket
         self._under_way = 0
+        self._refused = 0
+        """Requests that came while too many were under way, since one was answered."""
 
     async def run(self) -> None:
         """Until the connection ends; what breaks the protocol ends it."""
@@ -291,7 +294,12 @@ class _Conversation:
             raise BadFrame("hello was said already")
         elif self._under_way >= self._hub.settings.requests_per_session:
             message = f"{self._under_way} requests are under way: wait for an answer"
-            self._socket.send(frames.error("too_many_requests", message, frame.ref))
+            refusal = frames.error("too_many_requests", message, frame.ref)
+            self._refused += 1
+            if self._refused < _MOST_REFUSED:
+                self._socket.send(refusal)
+            else:
+                self._socket.dismiss(codes.TOO_MANY_REQUESTS, refusal)
         else:
             self._under_way += 1
             task = self._hub.spawn_for(session, self._requests.answer(session, self._socket, frame))
@@ -299,3 +307,4 @@ class _Conversation:
 
     def _answered(self, task: asyncio.Task[None]) -> None:
         self._under_way -= 1
+        self._refused = 0
