@@ -311,6 +311,7 @@ async def test_doctor_on_a_good_mesh(mesh: Mesh) -> None:
     environment = {
         **small(mesh.nats),
         "TIDINGS_STORE_URL": mesh.settings.store_url,
+        "TIDINGS_INBOX_ACK_WAIT_S": str(mesh.settings.inbox_ack_wait_s),
         "TIDINGS_FANOUT_ACK_WAIT_S": str(mesh.settings.fanout_ack_wait_s),
         "TIDINGS_MAX_SESSIONS": "10",
     }
