@@ -24,11 +24,13 @@ from support.clock import PATIENCE_S
 from tidings.store.port import (
     MISSED_CAP,
     UNREAD_CAP,
+    Broadcast,
     Claimed,
     Cursor,
     CursorUpdate,
     Delivered,
     DeliveredMark,
+    EndedSubscription,
     Holder,
     InboxItem,
     InboxPage,
@@ -37,6 +39,7 @@ from tidings.store.port import (
     MarkAllAs,
     PageQuery,
     Store,
+    Subscription,
 )
 from tidings.wire.errors import RowsRefused, StoreUnavailable, TooManySubscriptions
 from tidings.wire.frames import FILTERS, MARKS, Filter, MarkAs
@@ -48,6 +51,9 @@ ONE, TWO = Holder("gateway-1", "session-1"), Holder("gateway-2", "session-2")
 NOW_NS: Final = time.time_ns()
 NEWEST: Final = Position(2**48 - 1, 2**63 - 1)
 """The highest position there can be."""
+
+ZERO: Final = Position(0, 0)
+"""Below every position."""
 
 MARKS_OF_ALL: Final[tuple[MarkAllAs, ...]] = ("seen", "read", "archived")
 TYPES: Final = ("org.example.even", "org.example.odd")
@@ -73,6 +79,15 @@ def row(user: str, position: Position, body: bytes | None = None, stored_ns: int
 
 def rows(user: str, *sequences: int, stored_ns: int = NOW_NS) -> list[InboxRow]:
     return [row(user, at(sequence), stored_ns=stored_ns) for sequence in sequences]
+
+
+def broadcast(topic: str, position: Position, stored_ns: int = NOW_NS) -> Broadcast:
+    text = f"{topic} {position}"
+    return Broadcast(topic, position, f"id-{text}", TYPES[position.sequence % 2], stored_ns, text.encode() + b"\0\xff")
+
+
+def reference(row: Broadcast) -> Broadcast:
+    return row._replace(body=b"")
 
 
 def first(number: int) -> Delivered:
@@ -125,6 +140,38 @@ async def listed(store: Store, user: str, query: PageQuery) -> list[int]:
 
 async def exported(store: Store, user: str) -> list[dict[str, Any]]:
     return [entry async for entry in store.export(user)]
+
+
+async def topics(store: Store, user: str, after: str | None = None, limit: int = 99) -> list[str]:
+    """What a user follows."""
+    return [subscription.topic for subscription in await store.subscriptions(user, after, limit)]
+
+
+async def ended(store: Store, user: str, limit: int = 99) -> list[EndedSubscription]:
+    """All that a user followed, page after page."""
+    found: list[EndedSubscription] = []
+    while page := await store.ended_subscriptions(user, found[-1] if found else None, limit):
+        assert len(page) <= limit
+        found += page
+    return found
+
+
+async def broadcasts(store: Store, after: Position = ZERO, limit: int = 10_000) -> list[Broadcast]:
+    """All above a position, page after page."""
+    found: list[Broadcast] = []
+    while page := await store.broadcasts(found[-1].position if found else after, NEWEST, limit):
+        assert len(page) <= limit
+        found += page
+    return found
+
+
+async def broadcasts_to(store: Store, pattern: str, after: Position = ZERO, limit: int = 10_000) -> list[Broadcast]:
+    """All of a pattern above a position, page after page."""
+    found: list[Broadcast] = []
+    while page := await store.broadcasts_to(pattern, found[-1].position if found else after, NEWEST, limit):
+        assert len(page) <= limit
+        found += page
+    return found
 
 
 async def followers(store: Store, topic: str, limit: int = 100) -> set[str]:
@@ -561,7 +608,8 @@ class StoreConformance:
         await store.claim(ALICE, "phone", ONE, at(1))
         await store.save([update("phone", ONE, Cursor(at(2), frozenset({at(9)}), {at(4): 2}))])
         await store.claim(ALICE, "tablet", TWO, at(0))
-        await store.save([update("tablet", TWO, Cursor(at(2)), release=True)])
+        broadcast = Cursor(at(1, 3), frozenset({at(3, 3)}), {at(2, 3): 4})
+        await store.save([update("tablet", TWO, Cursor(at(2), broadcast=broadcast), release=True)])
         entries = await exported(store, ALICE)
         assert json.loads(json.dumps(entries)) == entries
         of = {kind: [entry for entry in entries if entry["kind"] == kind] for kind in ("notification", "cursor")}
@@ -592,9 +640,22 @@ class StoreConformance:
                 "floor": str(at(2)),
                 "acked": [str(at(9))],
                 "attempts": {str(at(4)): 2},
+                "broadcast": None,
                 "session": ONE.session,
             },
-            {"kind": "cursor", "device": "tablet", "floor": str(at(2)), "acked": [], "attempts": {}, "session": None},
+            {
+                "kind": "cursor",
+                "device": "tablet",
+                "floor": str(at(2)),
+                "acked": [],
+                "attempts": {},
+                "broadcast": {
+                    "floor": str(at(1, 3)),
+                    "acked": [str(at(3, 3))],
+                    "attempts": {str(at(2, 3)): 4},
+                },
+                "session": None,
+            },
         ]
         assert {entry["kind"] for entry in entries} == {"notification", "watermark", "cursor"}
 
@@ -697,6 +758,8 @@ class StoreConformance:
         for cursor in (
             Cursor(at(3), frozenset({at(5), at(9), at(1, 2**48 - 1)}), {at(4): 2, at(6): 10}),
             Cursor(at(3), frozenset({at(5)}), {}),
+            Cursor(at(4), broadcast=Cursor(at(2, 9), frozenset({at(4, 9), at(1, 10)}), {at(3, 9): 1, at(7, 9): 2})),
+            Cursor(at(4), frozenset({at(6)}), {at(5): 1}, Cursor(at(1, 9))),
             Cursor(at(12)),
         ):
             assert await store.save([update("phone", ONE, cursor)]) == []
@@ -733,6 +796,15 @@ class StoreConformance:
         expected = Cursor(at(5, 2), frozenset({at(7, 2)}), {at(6, 2): 4})
         assert (await store.claim(ALICE, "phone", ONE, at(0))).cursor == expected
 
+    async def test_broadcast_cursor_of_a_late_floor(self, store: Store) -> None:
+        """What a device has of broadcasts is kept as it comes, also beside a floor that would move back."""
+        await store.claim(ALICE, "phone", ONE, at(5, 2))
+        broadcast = Cursor(at(1, 3), frozenset({at(3, 3)}), {at(2, 3): 4})
+        late = Cursor(at(9, 1), frozenset({at(7, 2)}), {}, broadcast)
+        assert await store.save([update("phone", ONE, late)]) == []
+        expected = Cursor(at(5, 2), frozenset({at(7, 2)}), {}, broadcast)
+        assert (await store.claim(ALICE, "phone", ONE, at(0))).cursor == expected
+
     async def test_release(self, store: Store) -> None:
         """A released device is nobody's; its cursor stays, and the session that ended cannot write any more."""
         await store.claim(ALICE, "phone", ONE, at(1))
@@ -753,91 +825,291 @@ class StoreConformance:
         await store.note_floors({0: Position(7, 11), 1: Position(9, 1)})
         expected = {0: Position(7, 11), 1: Position(9, 1), 63: Position(8, 2**40)}
         assert await store.floors() == expected
-        await store.note_floors({1: Position(10, 0)})
-        assert await store.floors() == expected | {1: Position(10, 0)}
+        await store.note_floors({1: Position(10, 0), -1: Position(11, 5)})
+        assert await store.floors() == expected | {1: Position(10, 0), -1: Position(11, 5)}
 
     async def test_subscribe(self, store: Store) -> None:
         """A user's subscriptions are listed in order, once each, and its topics list the user."""
-        await store.subscribe(ALICE, ["post.42", "a.>", "post.42.>"], MOST)
-        await store.subscribe(ALICE, ["post.42", "ü", "post"], MOST)
-        await store.subscribe(BOB, ["post.42"], MOST)
+        await store.subscribe(ALICE, ["post.42", "a.>", "post.42.>"], MOST, ZERO)
+        await store.subscribe(ALICE, ["post.42", "ü", "post"], MOST, ZERO)
+        await store.subscribe(BOB, ["post.42"], MOST, ZERO)
         expected = ["a.>", "post", "post.42", "post.42.>", "ü"]
-        assert await store.subscriptions(ALICE, None, 99) == expected
-        assert await store.subscriptions(ALICE, None, 2) == expected[:2]
-        assert await store.subscriptions(ALICE, "post", 2) == expected[2:4]
-        assert await store.subscriptions(ALICE, "ü", 2) == []
+        assert await topics(store, ALICE) == expected
+        assert await topics(store, ALICE, None, 2) == expected[:2]
+        assert await topics(store, ALICE, "post", 2) == expected[2:4]
+        assert await topics(store, ALICE, "ü", 2) == []
         assert await followers(store, "post.42") == {ALICE, BOB}
         assert await followers(store, "post.42.>") == {ALICE}
         assert await followers(store, "post.>") == set()
 
     async def test_unsubscribe(self, store: Store) -> None:
         """What is ended is gone on both sides, what never was is no error, and it may begin again."""
-        await store.subscribe(ALICE, ["one", "two"], MOST)
-        await store.subscribe(BOB, ["one"], MOST)
-        await store.unsubscribe(ALICE, ["one", "three"])
-        await store.unsubscribe(BOB, ["two"])
-        assert await store.subscriptions(ALICE, None, 99) == ["two"]
+        await store.subscribe(ALICE, ["one", "two"], MOST, ZERO)
+        await store.subscribe(BOB, ["one"], MOST, ZERO)
+        await store.unsubscribe(ALICE, ["one", "three"], ZERO)
+        await store.unsubscribe(BOB, ["two"], ZERO)
+        assert await topics(store, ALICE) == ["two"]
         assert await followers(store, "one") == {BOB}
         assert await followers(store, "two") == {ALICE}
-        await store.subscribe(ALICE, ["one"], MOST)
-        assert await store.subscriptions(ALICE, None, 99) == ["one", "two"]
+        await store.subscribe(ALICE, ["one"], MOST, ZERO)
+        assert await topics(store, ALICE) == ["one", "two"]
         assert await followers(store, "one") == {ALICE, BOB}
 
     async def test_most_subscriptions(self, store: Store) -> None:
         """A user has at most so many; what is there already needs no room, and a refusal changes nothing."""
-        await store.subscribe(ALICE, ["a", "b"], 3)
+        await store.subscribe(ALICE, ["a", "b"], 3, ZERO)
         with pytest.raises(TooManySubscriptions, match="more than 3"):
-            await store.subscribe(ALICE, ["c", "d"], 3)
-        assert await store.subscriptions(ALICE, None, 99) == ["a", "b"]
+            await store.subscribe(ALICE, ["c", "d"], 3, ZERO)
+        assert await topics(store, ALICE) == ["a", "b"]
         assert await followers(store, "c") == set()
-        await store.subscribe(ALICE, ["a", "c"], 3)
-        await store.subscribe(ALICE, ["a", "b", "c"], 2)
-        await store.unsubscribe(ALICE, ["a"])
-        await store.subscribe(ALICE, ["d"], 3)
-        assert await store.subscriptions(ALICE, None, 99) == ["b", "c", "d"]
+        await store.subscribe(ALICE, ["a", "c"], 3, ZERO)
+        await store.subscribe(ALICE, ["a", "b", "c"], 2, ZERO)
+        await store.unsubscribe(ALICE, ["a"], ZERO)
+        await store.subscribe(ALICE, ["d"], 3, ZERO)
+        assert await topics(store, ALICE) == ["b", "c", "d"]
 
     async def test_many_subscribers(self, store: Store) -> None:
         """Page after page each is there, in pages of at most what was asked for."""
         users = {f"user {number}" for number in range(250)}
-        await asyncio.gather(*(store.subscribe(user, ["crowd"], MOST) for user in users))
+        await asyncio.gather(*(store.subscribe(user, ["crowd"], MOST, ZERO) for user in users))
         assert await followers(store, "crowd", 50) == users
         assert await followers(store, "crowd", 1000) == users
-        await asyncio.gather(*(store.unsubscribe(user, ["crowd"]) for user in users))
+        await asyncio.gather(*(store.unsubscribe(user, ["crowd"], ZERO) for user in users))
         assert await followers(store, "crowd") == set()
 
     async def test_many_subscriptions(self, store: Store) -> None:
         """Thousands of topics of one user, page after page."""
-        topics = [f"topic.{number:05}" for number in range(2500)]
-        for first in range(0, len(topics), 500):
-            await store.subscribe(ALICE, topics[first : first + 500], MOST)
+        wanted = [f"topic.{number:05}" for number in range(2500)]
+        for first in range(0, len(wanted), 500):
+            await store.subscribe(ALICE, wanted[first : first + 500], MOST, ZERO)
         found: list[str] = []
-        while page := await store.subscriptions(ALICE, found[-1] if found else None, 400):
+        while page := await topics(store, ALICE, found[-1] if found else None, 400):
             found += page
-        assert found == topics
+        assert found == wanted
+
+    async def test_a_subscription_keeps_its_beginning(self, store: Store) -> None:
+        """It begins where it did first; one that ended begins anew."""
+        await store.subscribe(ALICE, ["b", "c"], MOST, at(5))
+        await store.subscribe(ALICE, ["a", "b"], MOST, at(7))
+        await store.subscribe(BOB, ["b"], MOST, at(9))
+        await store.unsubscribe(ALICE, ["c"], at(8))
+        await store.subscribe(ALICE, ["c", "a"], MOST, at(3, 1_800_000_000_000))
+        found = [Subscription("a", at(7)), Subscription("b", at(5)), Subscription("c", at(3, 1_800_000_000_000))]
+        assert await store.subscriptions(ALICE, None, 99) == found
+        assert await store.subscriptions(ALICE, "a", 1) == found[1:2]
+        assert await store.subscriptions(BOB, None, 99) == [Subscription("b", at(9))]
+
+    async def test_many_beginnings(self, store: Store) -> None:
+        """Each of a thousand and more subscriptions has its own, on every page."""
+        wanted = [Subscription(f"topic.{number:05}", at(number // 300)) for number in range(1200)]
+        for first in range(0, 1200, 300):
+            some = [subscription.topic for subscription in wanted[first : first + 300]]
+            await store.subscribe(ALICE, some, MOST, wanted[first].since)
+        found: list[Subscription] = []
+        while page := await store.subscriptions(ALICE, found[-1].topic if found else None, 350):
+            found += page
+        assert found == wanted
+
+    async def test_what_ended_is_kept(self, store: Store) -> None:
+        """Each round of following and ending is one entry, in order; ending what is not followed adds none."""
+        for turn in range(4):
+            await store.subscribe(ALICE, ["b", "a.>"], MOST, at(10 * turn))
+            await store.unsubscribe(ALICE, ["a.>", "b", "c"], at(10 * turn + 5))
+            await store.unsubscribe(ALICE, ["a.>", "b", "c"], at(10 * turn + 7))
+        await store.subscribe(ALICE, ["b"], MOST, at(50))
+        await store.subscribe(BOB, ["b"], MOST, at(1))
+        await store.unsubscribe(BOB, ["b"], at(1, 1_800_000_000_000))
+        wanted = [
+            EndedSubscription(topic, at(10 * turn), at(10 * turn + 5)) for topic in ("a.>", "b") for turn in range(4)
+        ]
+        for limit in (1, 3, 4, 8, 9):
+            assert await ended(store, ALICE, limit) == wanted
+        assert await ended(store, BOB) == [EndedSubscription("b", at(1), at(1, 1_800_000_000_000))]
+        assert await store.subscriptions(ALICE, None, 99) == [Subscription("b", at(50))]
+
+    async def test_nothing_is_kept_of_no_time(self, store: Store) -> None:
+        """Where nothing can have come between beginning and end, nothing is kept."""
+        await store.subscribe(ALICE, ["a", "b", "c"], MOST, at(5))
+        await store.unsubscribe(ALICE, ["a"], at(5))
+        await store.unsubscribe(ALICE, ["b"], at(9, 1))
+        await store.unsubscribe(ALICE, ["c"], at(6))
+        assert await ended(store, ALICE) == [EndedSubscription("c", at(5), at(6))]
+        assert await topics(store, ALICE) == []
+
+    async def test_ended_to_the_same_beginning(self, store: Store) -> None:
+        """Who begins again where a subscription began has one entry, up to the later end."""
+        for until in (6, 9):
+            await store.subscribe(ALICE, ["a"], MOST, at(5))
+            await store.unsubscribe(ALICE, ["a"], at(until))
+        assert await ended(store, ALICE) == [EndedSubscription("a", at(5), at(9))]
 
     async def test_subscribing_at_once(self, store: Store) -> None:
         """Whatever two devices do at once, the two sides agree in the end."""
         for turn in range(10):
             await asyncio.gather(
-                store.subscribe(ALICE, ["a", "b"], MOST),
-                store.unsubscribe(ALICE, ["b", "a"]),
-                store.subscribe(ALICE, ["b"], MOST),
+                store.subscribe(ALICE, ["a", "b"], MOST, at(1)),
+                store.unsubscribe(ALICE, ["b", "a"], at(2)),
+                store.subscribe(ALICE, ["b"], MOST, at(1)),
             )
-            own = set(await store.subscriptions(ALICE, None, 99))
+            own = set(await topics(store, ALICE))
+            assert await store.subscriptions(ALICE, None, 99) == [Subscription(topic, at(1)) for topic in sorted(own)]
+            assert set(await ended(store, ALICE)) <= {EndedSubscription(topic, at(1), at(2)) for topic in "ab"}
             assert {topic for topic in ("a", "b") if ALICE in await followers(store, topic)} == own, turn
 
     async def test_subscriptions_are_exported_and_erased(self, store: Store) -> None:
         """They belong to what is kept of a user."""
-        await store.subscribe(ALICE, ["a", "b.>"], MOST)
-        await store.subscribe(BOB, ["a"], MOST)
+        await store.subscribe(ALICE, ["a", "b.>", "c"], MOST, at(1))
+        await store.subscribe(BOB, ["a", "c"], MOST, at(2))
+        for user in (ALICE, BOB):
+            await store.unsubscribe(user, ["c"], at(3))
         assert await exported(store, ALICE) == [
-            {"kind": "subscription", "topic": "a"},
-            {"kind": "subscription", "topic": "b.>"},
+            {"kind": "subscription", "topic": "a", "since": str(at(1))},
+            {"kind": "subscription", "topic": "b.>", "since": str(at(1))},
+            {"kind": "ended_subscription", "topic": "c", "since": str(at(1)), "until": str(at(3))},
         ]
         await store.erase(ALICE, at(0))
         assert await exported(store, ALICE) == []
+        assert await topics(store, ALICE) == []
+        assert await ended(store, ALICE) == []
+        assert await store.subscriptions(BOB, None, 99) == [Subscription("a", at(2))]
+        assert await ended(store, BOB) == [EndedSubscription("c", at(2), at(3))]
         assert await followers(store, "a") == {BOB}
         assert await followers(store, "b.>") == set()
+        await store.subscribe(ALICE, ["a"], MOST, at(7))
+        assert await store.subscriptions(ALICE, None, 99) == [Subscription("a", at(7))]
+
+    # Broadcasts
+
+    async def test_broadcasts(self, store: Store) -> None:
+        """Each is there once with all that it is, whatever its topic; its references and its body are there as well."""
+        rows = [broadcast("post.42.likes", at(1)), broadcast("ü", at(2)), broadcast("post.42", at(3))]
+        await store.append_broadcasts([rows[2], rows[0], rows[1]])
+        assert await store.broadcasts(ZERO, NEWEST, 99) == rows
+        assert await store.broadcasts_to("post.>", ZERO, NEWEST, 99) == [reference(rows[0]), reference(rows[2])]
+        assert await store.broadcasts_to("ü", ZERO, NEWEST, 99) == [reference(rows[1])]
+        wanted = {row.position: row.body for row in rows}
+        assert await store.broadcast_bodies([at(3), at(9), at(1), at(3), at(2), at(1, 1)]) == wanted
+        assert await store.broadcast_bodies([]) == {}
+
+    async def test_broadcasts_of_a_pattern(self, store: Store) -> None:
+        """A topic is under its own name and under each subtree that it lies in, and nowhere else."""
+        rows = [broadcast(topic, at(number)) for number, topic in enumerate(("a", "a.b", "a.b.c", "b", "a.bb", "A"), 1)]
+        await store.append_broadcasts(rows)
+        for pattern, wanted in (
+            ("a", [1]),
+            ("a.>", [2, 3, 5]),
+            ("a.b", [2]),
+            ("a.b.>", [3]),
+            ("a.b.c", [3]),
+            ("a.b.c.>", []),
+            ("b", [4]),
+            ("b.>", []),
+            ("A", [6]),
+            (">", []),
+        ):
+            found = await store.broadcasts_to(pattern, ZERO, NEWEST, 99)
+            assert found == [reference(rows[number - 1]) for number in wanted], pattern
+
+    async def test_broadcasts_again(self, store: Store) -> None:
+        """What is there already stays as it is, once; what is new beside it is stored."""
+        rows = [broadcast("a.b", at(number)) for number in range(1, 5)]
+        await store.append_broadcasts([])
+        await store.append_broadcasts(rows[:2])
+        await store.append_broadcasts(rows[:3])
+        await store.append_broadcasts([rows[3], rows[3], rows[0]])
+        assert await broadcasts(store) == rows
+        assert await broadcasts_to(store, "a.>") == await broadcasts_to(store, "a.b") == list(map(reference, rows))
+
+    async def test_broadcasts_at_once(self, store: Store) -> None:
+        """Whoever stores the same at the same time, each is there once."""
+        rows = [broadcast("a.b", at(number)) for number in range(1, 31)]
+        await asyncio.gather(*(store.append_broadcasts(rows[first : first + 10]) for first in range(0, 25, 5)))
+        assert await broadcasts(store) == rows
+        assert await broadcasts_to(store, "a.>") == list(map(reference, rows))
+
+    async def test_pages_of_broadcasts(self, store: Store) -> None:
+        """Of one incarnation and of the next, of near and far positions: in order, `after` exclusive, `upto` not."""
+        places = [at(number, 7) for number in (1, 2, 998, 999, 1000, 1001, 5000, 2**40)]
+        places += [at(number, 9) for number in (1, 3, 999, 2000)] + [at(1, 12), NEWEST]
+        rows = [broadcast("a.b" if place.sequence % 2 else "a.c", place) for place in places]
+        await store.append_broadcasts(rows[::-1])
+        odd = [reference(row) for row in rows if row.topic == "a.b"]
+        for limit in (1, 2, 3, 5, len(rows), 99):
+            assert await broadcasts(store, limit=limit) == rows
+            assert await broadcasts_to(store, "a.>", limit=limit) == list(map(reference, rows))
+            assert await broadcasts_to(store, "a.b", limit=limit) == odd
+        edges = [ZERO, at(0, 7), *places, at(4, 7), at(2**50, 7), at(5, 8), at(2, 9), at(3000, 9), at(0, 12), at(0, 13)]
+        for after in edges:
+            for upto in edges[::3]:
+                wanted = [row for row in rows if after < row.position <= upto]
+                assert await store.broadcasts(after, upto, 99) == wanted, (after, upto)
+                assert await store.broadcasts_to("a.>", after, upto, 99) == list(map(reference, wanted)), (after, upto)
+                assert await store.broadcasts(after, upto, 2) == wanted[:2], (after, upto)
+                assert await store.broadcasts_to("a.>", after, upto, 2) == list(map(reference, wanted[:2]))
+        assert await store.broadcast_bodies(places) == {row.position: row.body for row in rows}
+
+    async def test_broadcasts_of_weeks(self, store: Store) -> None:
+        """Positions give the order, also where the clock of who stored them went back, over any time."""
+        days = (60, 45, 59, 30, 11, 21, 1, 9, 0)
+        rows = [broadcast("a.b", at(number), NOW_NS - day * 86_400 * 10**9) for number, day in enumerate(days, 1)]
+        await store.append_broadcasts(rows)
+        for limit in (1, 2, 4, 99):
+            assert await broadcasts(store, limit=limit) == rows
+            assert await broadcasts_to(store, "a.>", limit=limit) == list(map(reference, rows))
+
+    async def test_many_broadcasts(self, store: Store) -> None:
+        """Thousands, of one topic among others."""
+        rows = [broadcast(f"post.{number % 3}", at(number)) for number in range(1, 2501)]
+        await store.append_broadcasts(rows)
+        assert await broadcasts(store, limit=700) == rows
+        ones = [reference(row) for row in rows[500:] if row.topic == "post.1"]
+        assert await broadcasts_to(store, "post.1", at(500), 300) == ones
+        assert len(await store.broadcast_bodies([row.position for row in rows[:150]])) == 150
+
+    async def test_broadcasts_that_can_never_be_stored(self, store: Store) -> None:
+        """They are named with the reason; all others, before and after them, are stored."""
+        right = [broadcast("a.b", at(number)) for number in (1, 3, 5)]
+        wrong = [
+            broadcast("a.b", at(2))._replace(type="\ud800"),
+            broadcast("a.b", at(4))._replace(topic="a.\udfff"),
+            broadcast("a.b", at(6))._replace(stored_ns=2**70),
+        ]
+        with pytest.raises(RowsRefused) as caught:
+            await store.append_broadcasts([right[0], wrong[0], right[1], wrong[1], right[2], wrong[2]])
+        assert set(caught.value.reasons) == {1, 3, 5}
+        assert all(caught.value.reasons.values())
+        assert await broadcasts(store) == right
+        assert await broadcasts_to(store, "a.>") == list(map(reference, right))
+        with pytest.raises(RowsRefused):
+            await store.append_broadcasts([wrong[0]])
+        await store.append_broadcasts([broadcast("a.b", at(2))])
+        assert [row.position for row in await broadcasts_to(store, "a.b")] == [at(1), at(2), at(3), at(5)]
+
+    async def test_synced(self, store: Store) -> None:
+        """What was noted last, never less; of each user alone, and of nobody after erasing."""
+        assert await store.synced(ALICE) == ZERO
+        for upto, wanted in ((at(5), at(5)), (at(4), at(5)), (at(6), at(6)), (at(9, 1), at(6)), (NEWEST, NEWEST)):
+            await store.note_synced(ALICE, upto)
+            assert await store.synced(ALICE) == wanted
+        await store.note_synced(BOB, at(1))
+        assert await store.synced(BOB) == at(1)
+        await store.erase(ALICE, at(1))
+        assert await store.synced(ALICE) == ZERO
+        assert await store.synced(BOB) == at(1)
+        await store.note_synced(ALICE, at(2))
+        assert await store.synced(ALICE) == at(2)
+
+    async def test_broadcasts_are_nobodys(self, store: Store) -> None:
+        """Erasing a user, and expiring what is older, leaves them; the user's inbox knows nothing of them."""
+        rows = [broadcast("a.b", at(1)), broadcast("a.b", at(2))]
+        await store.append_broadcasts(rows)
+        await store.subscribe(ALICE, ["a.>"], MOST, ZERO)
+        await store.erase(ALICE, NEWEST)
+        assert await store.expire(NOW_NS) == 0
+        assert await broadcasts(store) == rows
+        assert await broadcasts_to(store, "a.>") == list(map(reference, rows))
+        assert await everything(store, ALICE) == []
+        assert await exported(store, ALICE) == []
 
     # The life of a store
 
@@ -891,9 +1163,16 @@ class StoreConformance:
             store.holders(ALICE),
             store.expire(1),
             store.delivered([delivered(ALICE, at(1), 1)]),
-            store.subscribe(ALICE, ["a"], MOST),
-            store.unsubscribe(ALICE, ["a"]),
+            store.subscribe(ALICE, ["a"], MOST, ZERO),
+            store.unsubscribe(ALICE, ["a"], ZERO),
             store.subscriptions(ALICE, None, 1),
+            store.ended_subscriptions(ALICE, None, 1),
+            store.append_broadcasts([broadcast("a", at(1))]),
+            store.broadcasts(at(0), at(1), 1),
+            store.broadcasts_to("a", at(0), at(1), 1),
+            store.broadcast_bodies([at(1)]),
+            store.synced(ALICE),
+            store.note_synced(ALICE, at(1)),
             store.subscribers("a", None, 1),
             store.erase(ALICE, at(1)),
             exported(store, ALICE),
@@ -968,7 +1247,7 @@ FLOORS: Final = st.builds(Position, st.integers(1, 2), st.integers(0, 4))
 
 
 @st.composite
-def cursors(draw: st.DrawFn) -> Cursor:
+def cursors(draw: st.DrawFn, *, own: bool = True) -> Cursor:
     """A cursor as a session keeps it: what is acked and attempted lies above the floor, and nothing is both."""
     floor = draw(FLOORS)
     above = draw(st.dictionaries(POSITIONS, st.integers(0, 9), max_size=5))
@@ -976,6 +1255,7 @@ def cursors(draw: st.DrawFn) -> Cursor:
         floor,
         frozenset(position for position, attempts in above.items() if position > floor and not attempts),
         {position: attempts for position, attempts in above.items() if position > floor and attempts},
+        draw(st.none() | cursors(own=False)) if own else None,
     )
 
 
@@ -1129,7 +1409,7 @@ class AnyOrder(RuleBasedStateMachine):
             floor = max(self.cursors[key].floor, cursor.floor)
             acked = frozenset(position for position in cursor.acked if position > floor)
             attempts = {position: times for position, times in cursor.attempts.items() if position > floor}
-            self.cursors[key] = Cursor(floor, acked, attempts)
+            self.cursors[key] = Cursor(floor, acked, attempts, cursor.broadcast)
             self.held[key] = None if release else holder
         batch = [CursorUpdate(self.name(entry[0]), *entry[1:]) for entry in updates]
         wanted = [Lost(holder, self.held.get(key)) for key, holder in lost]

@@ -20,7 +20,18 @@ import pytest
 
 from support.clock import PATIENCE_S, until
 from tidings.store.factory import open_store_url
-from tidings.store.port import Claimed, Cursor, CursorUpdate, Holder, InboxPage, Lost, PageQuery, Store
+from tidings.store.port import (
+    Claimed,
+    Cursor,
+    CursorUpdate,
+    EndedSubscription,
+    Holder,
+    InboxPage,
+    Lost,
+    PageQuery,
+    Store,
+    Subscription,
+)
 from tidings.store.sqlite import SqliteStore
 from tidings.store.sqlite.schema import MIGRATIONS
 from tidings.wire.errors import BadSettings, RowsRefused, StoreUnavailable
@@ -31,14 +42,20 @@ pytest.register_assert_rewrite("conformance.store_suite")
 from conformance.store_suite import (  # noqa: E402
     ALICE,
     BOB,
+    MOST,
     NEWEST,
     NOW_NS,
     ONE,
     TWO,
     TYPES,
+    ZERO,
     StoreConformance,
     at,
+    broadcast,
+    broadcasts,
+    broadcasts_to,
     delivered,
+    ended,
     everything,
     exported,
     first,
@@ -47,6 +64,7 @@ from conformance.store_suite import (  # noqa: E402
     letters,
     listed,
     marks,
+    reference,
     rows,
 )
 
@@ -410,6 +428,40 @@ def watermarks(file: Path) -> list[str]:
         return [user for (user,) in db.execute("SELECT user FROM watermarks ORDER BY user")]
 
 
+async def test_expired_broadcasts(file: Path) -> None:
+    """Those stored before that time go with their references, however many, and are counted; the rest stays."""
+    old = [broadcast("a.b.c", at(number), stored_ns=number) for number in range(1, 500)]
+    new = [broadcast("a.b", at(number), stored_ns=500) for number in range(500, 503)]
+    async with opened(file) as store:
+        await store.append_broadcasts(old + new)
+        await store.append(rows(ALICE, 1, stored_ns=499))
+        assert await store.expire(500) == 500
+        assert await broadcasts(store) == new
+        assert await broadcasts_to(store, "a.>") == list(map(reference, new))
+        assert await store.broadcast_bodies([at(499), at(500)]) == {at(500): new[0].body}
+        assert await store.expire(500) == 0
+        assert await store.expire(501) == 3
+    with connected(file) as db:
+        assert db.execute("SELECT count(*) FROM broadcasts_to").fetchone() == (0,)
+
+
+async def test_expired_ends_of_subscriptions(file: Path) -> None:
+    """They age from when they ended, the last end counts, and none of what is followed goes."""
+    async with opened(file) as store:
+        await store.subscribe(ALICE, ["a", "b", "c"], MOST, at(1))
+        await store.unsubscribe(ALICE, ["a", "b"], at(2))
+        assert await store.expire(NOW_NS) == 0
+        between = time.time_ns()
+        await store.subscribe(ALICE, ["b"], MOST, at(1))
+        await store.unsubscribe(ALICE, ["b"], at(3))
+        assert len(await ended(store, ALICE)) == 2
+        assert await store.expire(between) == 0
+        assert await ended(store, ALICE) == [EndedSubscription("b", at(1), at(3))]
+        assert await store.expire(time.time_ns() + 1) == 0
+        assert await ended(store, ALICE) == []
+        assert await store.subscriptions(ALICE, None, 9) == [Subscription("c", at(1))]
+
+
 # Plans, and what a long history costs
 
 
@@ -440,7 +492,17 @@ async def test_plans(file: Path, spy: Spy) -> None:
             (lambda: store.mark_all(ALICE, at(2), "read"), {"INDEX inbox_kept (user=? AND (incarnation"}),
             (lambda: store.holders(ALICE), {"PRIMARY KEY (user=?)"}),
             (lambda: exported(store, ALICE), {rows_, "PRIMARY KEY (user=?)"}),
-            (lambda: store.expire(1), {"INDEX inbox_age", "INDEX watermarks_age"}),
+            (lambda: store.broadcasts(at(0), NEWEST, 9), {"PRIMARY KEY ((incarnation,sequence)>(?,?) AND"}),
+            (
+                lambda: store.broadcasts_to("a.>", at(0), NEWEST, 9),
+                {"SEARCH at USING PRIMARY KEY (pattern=? AND (incarnation,sequence)>(?,?) AND"},
+            ),
+            (lambda: store.subscriptions(ALICE, "a", 9), {"PRIMARY KEY (user=? AND topic>?)"}),
+            (lambda: store.ended_subscriptions(ALICE, None, 9), {"PRIMARY KEY (user=? AND (topic,since_incarnation"}),
+            (
+                lambda: store.expire(1),
+                {"INDEX inbox_age", "INDEX watermarks_age", "INDEX broadcasts_age", "INDEX ended_subscriptions_age"},
+            ),
             (lambda: store.erase(ALICE, at(1)), {"PRIMARY KEY (user=? AND (incarnation,sequence)<(?,?))"}),
         ):
             spy.statements.clear()
@@ -451,7 +513,9 @@ async def test_plans(file: Path, spy: Spy) -> None:
                 assert any(index in each for each in found), (index, asked, found)
             for statement, each in zip(asked, found, strict=True):
                 assert "TEMP B-TREE" not in each, (statement, each)
-                assert not re.search(r"^SCAN (inbox|watermarks|old)", each, re.MULTILINE), (statement, each)
+                assert not re.search(
+                    r"^SCAN (inbox|watermarks|old|at|broadcasts|ended|subscriptions)", each, re.MULTILINE
+                ), (statement, each)
                 # The range, not only the user: a history may be long.
                 assert not re.search(r"inbox USING .*\(user=\?\)$", each, re.MULTILINE) or "LIMIT 1)" in statement, each
 
@@ -683,8 +747,10 @@ async def test_damaged(file: Path) -> None:
     """A database whose pages were overwritten: what reads them says so and what to do."""
     async with opened(file) as store:
         await store.append(rows(ALICE, *range(500)))
-    # The first page holds the schema: it opens.
-    overwrite(file, 4096, b"\xff" * (size_of(file) - 4096))
+    # Not those of the schema: it opens.
+    with connected(file) as db:
+        (root,) = db.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'inbox'").fetchone()
+    overwrite(file, (root - 1) * 4096, b"\xff" * 4096)
     async with opened(file) as store:
         with pytest.raises(StoreUnavailable, match="move it away") as caught:
             await first_page(store, ALICE)
@@ -748,6 +814,20 @@ async def test_migration_from_the_first_version(file: Path) -> None:
     async with opened(file) as store:
         found = [(letters(item), item.delivered) for item in await everything(store, ALICE)]
         assert found[:4] == [("s", first(1)), ("sr", None), ("sr", None), ("sra", None)]
+
+
+async def test_migration_of_subscriptions(file: Path) -> None:
+    """What was followed before there were broadcasts has every broadcast, and is ended as any other."""
+    with connected(file) as db:
+        for script in MIGRATIONS[:4]:
+            db.executescript(script)
+        db.execute("PRAGMA user_version = 4")
+        db.executemany("INSERT INTO subscriptions VALUES (?, ?)", [(ALICE, "a"), (ALICE, "b")])
+    async with opened(file) as store:
+        await store.subscribe(ALICE, ["a"], MOST, at(5))
+        assert await store.subscriptions(ALICE, None, 9) == [Subscription("a", ZERO), Subscription("b", ZERO)]
+        await store.unsubscribe(ALICE, ["b"], at(7))
+        assert await ended(store, ALICE) == [EndedSubscription("b", ZERO, at(7))]
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from support.cql import query
 from tidings.store.cql import CqlStore, Where, parse_url, schema
 from tidings.store.cql.database import Database, StatementRefused, check_datacenter
 from tidings.store.cql.encoding import BUCKET_NS, bucket_of, pack
-from tidings.store.port import Delivered, DeliveredMark, InboxItem, InboxRow, PageQuery
+from tidings.store.port import Broadcast, Delivered, DeliveredMark, InboxItem, InboxRow, PageQuery
 from tidings.wire.errors import BadSettings, StoreUnavailable
 from tidings.wire.position import Position
 
@@ -456,6 +456,39 @@ async def test_rows_expire(where: Where) -> None:
         assert found.keys() == expected.keys(), text
         for position, ttl in found.items():
             assert expected[position] - PATIENCE_S <= ttl <= expected[position], text
+
+
+async def test_broadcasts_expire(where: Where) -> None:
+    """A broadcast and its references live for the retention from when it was stored, and are listed for longer."""
+    await schema.apply(where, LOCAL)
+    now, days = time.time_ns(), 3
+    ages = {1: 0, 2: DAY_S, 3: 3 * DAY_S - 600, 4: 3 * DAY_S + 1, 5: 40 * DAY_S}
+    async with opened(where, retention_days=days) as store:
+        await store.append_broadcasts(
+            [
+                Broadcast("a.b", Position(1, number), f"id-{number}", "t", now - age * 1_000_000_000, b"%d" % number)
+                for number, age in ages.items()
+            ]
+        )
+        found = await store.broadcasts(Position(0, 0), Position(1, 9), 9)
+        assert [one.body for one in found] == [b"1", b"2", b"3"]
+        await store.subscribe("alice", ["a"], 9, Position(1, 1))
+        await store.unsubscribe("alice", ["a"], Position(1, 2))
+        await store.note_synced("alice", Position(1, 3))
+    expected = {pack(Position(1, number)): days * DAY_S - age for number, age in ages.items() if number <= 3}
+    for text in (
+        "SELECT position, TTL(body) FROM broadcasts",
+        "SELECT position, TTL(topic) FROM broadcasts_to WHERE pattern = 'a.>' ALLOW FILTERING",
+        "SELECT position, TTL(stored) FROM broadcasts_to WHERE pattern = 'a.b' ALLOW FILTERING",
+    ):
+        left: dict[Any, Any] = dict(await query(where, text))  # type: ignore[arg-type]
+        assert left.keys() == expected.keys(), text
+        for position, ttl in left.items():
+            assert expected[position] - PATIENCE_S <= ttl <= expected[position], text
+    ((ended,),) = await query(where, "SELECT TTL(until) FROM ended_subscriptions")
+    assert days * DAY_S - PATIENCE_S <= ended <= days * DAY_S  # type: ignore[operator]
+    ((synced,),) = await query(where, "SELECT TTL(upto) FROM synced")
+    assert synced > days * DAY_S  # type: ignore[operator]
 
 
 async def test_two_times_are_two_partitions(where: Where) -> None:

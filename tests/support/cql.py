@@ -10,7 +10,23 @@ from contextlib import asynccontextmanager
 from tidings.store.cql import CqlStore, Where, parse_url, schema
 from tidings.store.cql.database import Database
 
-TABLES = ("inbox", "inbox_state", "deliveries", "cursors", "subscriptions", "subscribers", "topic_levels")
+TABLES = (
+    "inbox",
+    "inbox_state",
+    "inbox_floors",
+    "deliveries",
+    "cursors",
+    "subscriptions",
+    "subscribers",
+    "topic_levels",
+    "subscription_starts",
+    "ended_subscriptions",
+    "broadcasts",
+    "broadcast_blocks",
+    "broadcasts_to",
+    "pattern_buckets",
+    "synced",
+)
 
 
 async def new_keyspace(address: str) -> str:

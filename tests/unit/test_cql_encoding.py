@@ -18,9 +18,11 @@ from hypothesis import strategies as st
 from tidings.store.cql.encoding import (
     BEFORE_ALL,
     BEHIND_ALL,
+    BLOCK,
     BUCKET_NS,
     Clock,
     DeviceState,
+    block_of,
     bucket_key,
     bucket_of,
     delivered_from_text,
@@ -39,6 +41,7 @@ from tidings.wire.position import Position
 POSITIONS: Final = st.builds(Position, st.integers(0, 2**48 - 1), st.integers(0, 2**63 - 1))
 TEXTS: Final = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 COUNTS: Final = st.integers(0, 2**31)
+OF_CURSOR: Final = (POSITIONS, st.frozensets(POSITIONS, max_size=8), st.dictionaries(POSITIONS, COUNTS, max_size=8))
 SECRET: Final = "hunter2-geheim"
 
 
@@ -68,6 +71,16 @@ def test_buckets_follow_time(one: int, other: int) -> None:
     early, late = sorted((one, other))
     assert bucket_of(early) <= bucket_of(late)
     assert bucket_of(early) * BUCKET_NS <= early < (bucket_of(early) + 1) * BUCKET_NS
+
+
+@given(POSITIONS, POSITIONS)
+def test_blocks_follow_positions(one: Position, other: Position) -> None:
+    """A block is a run of one incarnation; what lies above is in the same one or in a higher one."""
+    early, late = sorted((one, other))
+    assert block_of(early) <= block_of(late)
+    begin = Position(one.incarnation, one.sequence // BLOCK * BLOCK)
+    assert block_of(begin) == block_of(one) == block_of(begin._replace(sequence=begin.sequence + BLOCK - 1))
+    assert block_of(begin) != block_of(begin._replace(sequence=begin.sequence + BLOCK))
 
 
 # Partition keys
@@ -125,20 +138,23 @@ def test_a_frame_is_the_protocol_s(values: list[bytes | None], stream: int) -> N
 
 
 @given(
-    POSITIONS,
-    st.frozensets(POSITIONS, max_size=8),
-    st.dictionaries(POSITIONS, COUNTS, max_size=8),
+    st.builds(Cursor, *OF_CURSOR, st.none() | st.builds(Cursor, *OF_CURSOR)),
     st.none() | st.builds(Holder, TEXTS, TEXTS),
     st.integers(0, 2**53),
 )
-def test_a_device_s_state_survives(
-    floor: Position, acked: frozenset[Position], attempts: dict[Position, int], holder: Holder | None, written: int
-) -> None:
+def test_a_device_s_state_survives(cursor: Cursor, holder: Holder | None, written: int) -> None:
     """What is written of a device is what is read."""
-    state = DeviceState(Cursor(floor, acked, attempts), holder, written)
+    state = DeviceState(cursor, holder, written)
     loaded = DeviceState.load(state.dump())
     assert loaded == state
     assert loaded.dump() == state.dump()
+
+
+def test_a_device_s_state_before_there_were_broadcasts() -> None:
+    """What an earlier version wrote is read."""
+    text = b'{"floor":[7,3],"written":9,"holder":["g","s"],"acked":[[7,5]],"attempts":[[7,4,2]]}'
+    cursor = Cursor(Position(7, 3), frozenset({Position(7, 5)}), {Position(7, 4): 2})
+    assert DeviceState.load(text) == DeviceState(cursor, Holder("g", "s"), 9)
 
 
 @given(st.builds(Delivered, st.integers(0, 2**53), TEXTS, COUNTS))

@@ -18,7 +18,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=8,
 )
-IDS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=200)
+IDS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=200)
 POSITIONS = st.builds(Position, st.integers(0, 2**48 - 1), st.integers(0, 2**63 - 1))
 
 
@@ -41,9 +41,9 @@ def test_only_canonical_tokens_name_somebody(token: str) -> None:
     assert subject.escape(text) == token
 
 
-@pytest.mark.parametrize("text", ["", "x" * 201, "\ud800"])
+@pytest.mark.parametrize("text", ["", "x" * 201, "\ud800", "a\0b"])
 def test_ids_that_are_refused(text: str) -> None:
-    """Empty, too long, and half a surrogate pair."""
+    """Empty, too long, half a surrogate pair, and with a NUL, which sets keys of the store apart."""
     with pytest.raises(BadSubject):
         subject.escape(text)
 
@@ -127,6 +127,21 @@ def test_any_client_frame_is_read_or_refused(frame: str | bytes) -> None:
     except BadFrame as error:
         code = error.code
     assert code in {None, "bad_frame", "unknown_type", "bad_position"}
+
+
+@given(st.lists(POSITIONS, max_size=4))
+def test_an_ack_takes_any_position(positions: list[Position]) -> None:
+    """Of whichever incarnation, and in the words of the client."""
+    texts = [str(position) for position in positions]
+    assert frames.decode(orjson.dumps({"t": "ack", "pos": texts})) == frames.Ack(texts, None)
+
+
+@pytest.mark.parametrize("member", [{"pos": ["zzz"]}, {"pos": ["u1.1", ""]}, {"upto": "zzz"}, {"upto": None}])
+def test_an_ack_of_no_position(member: dict[str, object]) -> None:
+    """What is no position is refused alike, in the list and as `upto`, and with it the whole frame."""
+    with pytest.raises(BadFrame, match="echo the `pos`") as refused:
+        frames.decode(orjson.dumps({"t": "ack", **member}))
+    assert refused.value.code == "bad_position"
 
 
 @given(POSITIONS, st.integers(1, 100), JSON)

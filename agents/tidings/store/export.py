@@ -10,9 +10,9 @@ import orjson
 
 from tidings.wire.position import Position
 
-from .port import Cursor, Holder, InboxItem
+from .port import Cursor, EndedSubscription, Holder, InboxItem, Subscription
 
-__all__ = ["exported_cursor", "exported_item", "exported_subscription", "exported_watermark"]
+__all__ = ["exported_cursor", "exported_ended", "exported_item", "exported_subscription", "exported_watermark"]
 
 
 def exported_item(item: InboxItem) -> dict[str, Any]:
@@ -47,16 +47,33 @@ def exported_cursor(device: str, cursor: Cursor, holder: Holder | None) -> dict[
     return {
         "kind": "cursor",
         "device": device,
-        "floor": str(cursor.floor),
-        "acked": [str(position) for position in sorted(cursor.acked)],
-        "attempts": {str(position): count for position, count in sorted(cursor.attempts.items())},
+        **_acknowledged(cursor),
+        "broadcast": None if cursor.broadcast is None else _acknowledged(cursor.broadcast),
         "session": None if holder is None else holder.session,
     }
 
 
-def exported_subscription(topic: str) -> dict[str, Any]:
+def _acknowledged(cursor: Cursor) -> dict[str, Any]:
+    return {
+        "floor": str(cursor.floor),
+        "acked": [str(position) for position in sorted(cursor.acked)],
+        "attempts": {str(position): count for position, count in sorted(cursor.attempts.items())},
+    }
+
+
+def exported_subscription(subscription: Subscription) -> dict[str, Any]:
     """A topic, or a subtree, that the user follows."""
-    return {"kind": "subscription", "topic": topic}
+    return {"kind": "subscription", "topic": subscription.topic, "since": str(subscription.since)}
+
+
+def exported_ended(ended: EndedSubscription) -> dict[str, Any]:
+    """A topic, or a subtree, that the user followed."""
+    return {
+        "kind": "ended_subscription",
+        "topic": ended.topic,
+        "since": str(ended.since),
+        "until": str(ended.until),
+    }
 
 
 def _time(seconds: float) -> str:

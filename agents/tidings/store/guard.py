@@ -6,8 +6,9 @@
                                       ^------------------(it fails)------'
 
 While it is open every call fails at once, so that a store that is down or slow costs a gateway no memory and its
-clients no wait. Writes that their caller repeats until they succeed (`append`, `save`, `delivered`) are not refused:
-they tell whether the store is back, and have their own way of waiting.
+clients no wait. Writes that their caller repeats until they succeed (`append`, `append_broadcasts`, `note_floors`,
+`note_synced`, `save`, `delivered`) are not refused: they tell whether the store is back, and have their own way of
+waiting.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ from tidings.wire.frames import MarkAs
 from tidings.wire.position import Position
 
 from .port import (
+    Broadcast,
     Claimed,
     CursorUpdate,
     DeliveredMark,
+    EndedSubscription,
     Holder,
     InboxItem,
     InboxPage,
@@ -35,6 +38,7 @@ from .port import (
     PageQuery,
     Store,
     SubscriberPage,
+    Subscription,
 )
 
 __all__ = ["GuardedStore"]
@@ -133,17 +137,34 @@ class GuardedStore:
     async def holders(self, user: str) -> list[Holder]:
         return await self._call(self._store.holders(user))
 
-    async def subscribe(self, user: str, topics: Sequence[str], most: int) -> None:
-        await self._call(self._store.subscribe(user, topics, most))
+    async def subscribe(self, user: str, topics: Sequence[str], most: int, since: Position) -> None:
+        await self._call(self._store.subscribe(user, topics, most, since))
 
-    async def unsubscribe(self, user: str, topics: Sequence[str]) -> None:
-        await self._call(self._store.unsubscribe(user, topics))
+    async def unsubscribe(self, user: str, topics: Sequence[str], until: Position) -> None:
+        await self._call(self._store.unsubscribe(user, topics, until))
 
-    async def subscriptions(self, user: str, after: str | None, limit: int) -> list[str]:
+    async def subscriptions(self, user: str, after: str | None, limit: int) -> list[Subscription]:
         return await self._call(self._store.subscriptions(user, after, limit))
+
+    async def ended_subscriptions(
+        self, user: str, after: EndedSubscription | None, limit: int
+    ) -> list[EndedSubscription]:
+        return await self._call(self._store.ended_subscriptions(user, after, limit))
 
     async def subscribers(self, topic: str, after: str | None, limit: int) -> SubscriberPage:
         return await self._call(self._store.subscribers(topic, after, limit))
+
+    async def broadcasts(self, after: Position, upto: Position, limit: int) -> list[Broadcast]:
+        return await self._call(self._store.broadcasts(after, upto, limit))
+
+    async def broadcasts_to(self, pattern: str, after: Position, upto: Position, limit: int) -> list[Broadcast]:
+        return await self._call(self._store.broadcasts_to(pattern, after, upto, limit))
+
+    async def broadcast_bodies(self, positions: Sequence[Position]) -> dict[Position, bytes]:
+        return await self._call(self._store.broadcast_bodies(positions))
+
+    async def synced(self, user: str) -> Position:
+        return await self._call(self._store.synced(user))
 
     # The port: passed on
 
@@ -163,6 +184,12 @@ class GuardedStore:
 
     async def append(self, rows: Sequence[InboxRow]) -> None:
         await self._observed(self._store.append(rows))
+
+    async def append_broadcasts(self, rows: Sequence[Broadcast]) -> None:
+        await self._observed(self._store.append_broadcasts(rows))
+
+    async def note_synced(self, user: str, upto: Position) -> None:
+        await self._observed(self._store.note_synced(user, upto))
 
     async def floors(self) -> dict[int, Position]:
         return await self._observed(self._store.floors())

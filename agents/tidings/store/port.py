@@ -20,11 +20,13 @@ from tidings.wire.position import Position
 __all__ = [
     "MISSED_CAP",
     "UNREAD_CAP",
+    "Broadcast",
     "Claimed",
     "Cursor",
     "CursorUpdate",
     "Delivered",
     "DeliveredMark",
+    "EndedSubscription",
     "Holder",
     "InboxItem",
     "InboxPage",
@@ -34,6 +36,7 @@ __all__ = [
     "PageQuery",
     "Store",
     "SubscriberPage",
+    "Subscription",
 ]
 
 UNREAD_CAP: Final = 100
@@ -133,6 +136,8 @@ class Cursor:
     floor: Position
     acked: frozenset[Position] = frozenset()
     attempts: dict[Position, int] = field(default_factory=dict)
+    broadcast: Cursor | None = None
+    """The same of broadcasts, whose positions are those of another stream; None in that one, and where none is kept."""
 
 
 class Claimed(NamedTuple):
@@ -165,6 +170,38 @@ class CursorUpdate(NamedTuple):
     """The session has ended: nobody holds the device from now on."""
 
 
+class Broadcast(NamedTuple):
+    """A topic message as the inbox keeps it once, whoever has subscribed."""
+
+    topic: str
+    position: Position
+    """In the stream BROADCAST."""
+    id: str
+    type: str
+    stored_ns: int
+    """When JetStream stored it: nanoseconds since the Unix epoch, by the server's clock."""
+    body: bytes
+    """Empty where only the reference was asked for."""
+
+
+class Subscription(NamedTuple):
+    """What a user follows."""
+
+    topic: str
+    """A pattern, see `tidings.wire.topic`."""
+    since: Position
+    """Broadcasts above it are the user's."""
+
+
+class EndedSubscription(NamedTuple):
+    """What a user followed."""
+
+    topic: str
+    since: Position
+    until: Position
+    """Broadcasts above `since` and up to this one are the user's."""
+
+
 class SubscriberPage(NamedTuple):
     """Some subscribers of a pattern, in an order of the store's; one may come twice. `next` is None at the end.
 
@@ -176,7 +213,7 @@ class SubscriberPage(NamedTuple):
 
 
 class Store(Protocol):
-    """The inbox, its marks, the devices' cursors (which are also the routing table), and subscriptions."""
+    """The inbox, its marks, the devices' cursors (which are also the routing table), subscriptions and broadcasts."""
 
     async def open(self) -> None:
         """Connect and bring the schema up to date. Opening twice is an error of the caller."""
@@ -194,7 +231,10 @@ class Store(Protocol):
         """
 
     async def floors(self) -> dict[int, Position]:
-        """The inbox floors that were noted, by partition: a log that ends below its own has lost its end."""
+        """The inbox floors that were noted, by partition: a log that ends below its own has lost its end.
+
+        Partition -1 is the stream BROADCAST.
+        """
 
     async def note_floors(self, floors: Mapping[int, Position]) -> None:
         """Note inbox floors; of two who note one in the same moment, either stays."""
@@ -229,40 +269,77 @@ class Store(Protocol):
     async def save(self, updates: Sequence[CursorUpdate]) -> list[Lost]:
         """Write cursors, each only where its holder still has the device; returns what was lost.
 
-        A floor never moves back: of two the higher one stays. A holder is known to the store that claimed for it.
+        A floor never moves back: of two the higher one stays. `Cursor.broadcast` is kept as it comes. A holder is
+        known to the store that claimed for it.
         """
 
     async def holders(self, user: str) -> list[Holder]:
         """The sessions that have the user's devices now (or had them when their gateway was killed)."""
 
     async def expire(self, before_ns: int) -> int:
-        """Delete rows stored before that time (nanoseconds since the epoch); returns how many.
+        """Delete rows and broadcasts stored, and forget what ended, before that time (nanoseconds since the epoch).
+
+        Returns how many of the rows and broadcasts are gone.
 
         A store whose rows have a time to live deletes nothing here.
         """
 
-    async def subscribe(self, user: str, topics: Sequence[str], most: int) -> None:
+    async def subscribe(self, user: str, topics: Sequence[str], most: int, since: Position) -> None:
         """Subscribe to patterns (see `tidings.wire.topic`); in force for every reader of `subscribers` when it returns.
 
-        Raises `TooManySubscriptions`, and changes nothing, where the user would have more than `most`. Two calls at
-        once may exceed it by what they add.
+        One that is there already keeps its `since`. Raises `TooManySubscriptions`, and changes nothing, where the user
+        would have more than `most`. Two calls at once may exceed it by what they add.
         """
 
-    async def unsubscribe(self, user: str, topics: Sequence[str]) -> None:
-        """End subscriptions; those that are none are no error."""
+    async def unsubscribe(self, user: str, topics: Sequence[str], until: Position) -> None:
+        """End subscriptions; those that are none are no error.
 
-    async def subscriptions(self, user: str, after: str | None, limit: int) -> list[str]:
-        """The user's subscriptions behind `after`, at most `limit`, in the order of their UTF-8 bytes."""
+        Each whose `since` lies below `until` is kept as one that ended, for the retention.
+        """
+
+    async def subscriptions(self, user: str, after: str | None, limit: int) -> list[Subscription]:
+        """The user's subscriptions to topics behind `after`, at most `limit`, in the order of their UTF-8 bytes."""
+
+    async def ended_subscriptions(
+        self, user: str, after: EndedSubscription | None, limit: int
+    ) -> list[EndedSubscription]:
+        """Those of the user that ended, behind `after`, at most `limit`, in the order of topic and `since`."""
 
     async def subscribers(self, topic: str, after: str | None, limit: int) -> SubscriberPage:
         """Who has subscribed to exactly this pattern; `after` is the `next` of the page before."""
 
+    async def append_broadcasts(self, rows: Sequence[Broadcast]) -> None:
+        """Store broadcasts: each once, and a reference under every pattern that covers its topic; durable when it
+        returns. One that is there already stays.
+
+        Raises `RowsRefused` when some can never be stored; all others then are durable.
+        """
+
+    async def broadcasts(self, after: Position, upto: Position, limit: int) -> list[Broadcast]:
+        """Those of all topics with after < position <= upto, oldest first, at most `limit`."""
+
+    async def broadcasts_to(self, pattern: str, after: Position, upto: Position, limit: int) -> list[Broadcast]:
+        """References to those of exactly this pattern with after < position <= upto, oldest first, at most `limit`."""
+
+    async def broadcast_bodies(self, positions: Sequence[Position]) -> dict[Position, bytes]:
+        """The bodies of those that are there."""
+
+    async def synced(self, user: str) -> Position:
+        """Up to where the broadcasts of the user's topics are in the user's inbox: as noted, Position(0, 0) at first.
+
+        A store whose rows have a time to live forgets it when no broadcast that it covers is left.
+        """
+
+    async def note_synced(self, user: str, upto: Position) -> None:
+        """Note it; it never moves back. Of two who note it in the same moment, either may stay."""
+
     def export(self, user: str) -> AsyncIterator[dict[str, Any]]:
         """Everything kept of a user, as JSON-ready objects with a member ``kind``: notifications, marks, cursors,
-        subscriptions."""
+        subscriptions and those that ended."""
 
     async def erase(self, user: str, upto: Position) -> int:
-        """Delete everything kept of a user: notifications and marks up to `upto`, all cursors and subscriptions.
+        """Delete everything kept of a user: notifications and marks up to `upto`, all cursors and subscriptions, what
+        ended, and what is synced. Broadcasts are nobody's.
 
         Returns how many notifications were deleted. What is appended later up to `upto` stays away too.
         """

@@ -14,7 +14,7 @@ from typing import Any, Final, Literal, NamedTuple
 import orjson
 
 from .errors import BadFrame, BadPosition, BadTopic
-from .position import Position
+from .position import Place, Plane, Position, parse
 from .topic import MAX_TOPIC, check_pattern
 
 __all__ = [
@@ -82,13 +82,14 @@ class Ack(NamedTuple):
     """These positions have arrived, or all up to one."""
 
     positions: Sequence[str]
-    upto: Position | None
+    """As text, which is what a session finds them by; each is a position, if perhaps none that is under way."""
+    upto: Place | None
 
 
 class InboxQuery(NamedTuple):
     ref: Ref
-    before: Position | None
-    after: Position | None
+    before: Place | None
+    after: Place | None
     limit: int
     filter: Filter
     type: str | None
@@ -98,7 +99,7 @@ class InboxQuery(NamedTuple):
 class Mark(NamedTuple):
     ref: Ref
     as_: MarkAs
-    positions: Sequence[Position] | None
+    positions: Sequence[tuple[Plane, Position]] | None
     """None means every notification that the user has now; then `as_` is not ``unread``."""
 
 
@@ -199,8 +200,11 @@ def _hello(frame: dict[str, Any], ref: Ref) -> Hello:
 
 def _ack(frame: dict[str, Any], ref: Ref) -> Ack:
     if "upto" in frame:
-        return Ack((), Position.parse(frame["upto"]))
-    return Ack(_listed(frame), None)
+        return Ack((), Place.parse(frame["upto"]))
+    listed = _listed(frame)
+    for item in listed:
+        parse(item)
+    return Ack(listed, None)
 
 
 def _inbox(frame: dict[str, Any], ref: Ref) -> InboxQuery:
@@ -212,8 +216,8 @@ def _inbox(frame: dict[str, Any], ref: Ref) -> InboxQuery:
         raise BadFrame(f"`filter` must be one of {', '.join(FILTERS)}")
     return InboxQuery(
         ref,
-        None if before is None else Position.parse(before),
-        None if after is None else Position.parse(after),
+        None if before is None else Place.parse(before),
+        None if after is None else Place.parse(after),
         _integer(frame, "limit", 1, MAX_PAGE) or 50,
         chosen,
         _text(frame, "type", 256),
@@ -229,7 +233,7 @@ def _mark(frame: dict[str, Any], ref: Ref) -> Mark:
         if state == "unread":
             raise BadFrame("`unread` takes positions: all at once can be `seen`, `read` or `archived`")
         return Mark(ref, state, None)
-    return Mark(ref, state, [Position.parse(item) for item in _listed(frame)])
+    return Mark(ref, state, [parse(item) for item in _listed(frame)])
 
 
 def _count(frame: dict[str, Any], ref: Ref) -> Count:

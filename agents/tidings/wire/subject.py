@@ -18,16 +18,22 @@ from .errors import BadSubject, BadTopic
 from .topic import check_topic
 
 __all__ = [
+    "BROADCAST_WILDCARD",
     "DEAD_WILDCARD",
+    "DECIDED",
     "INBOX_FLOOR",
     "MAX_ID",
     "NOTIFY_WILDCARD",
     "TOPICS_WILDCARD",
+    "broadcast",
+    "broadcast_pull",
     "dead",
     "escape",
     "fanout_pull",
     "gateway_claim",
+    "gateway_feed",
     "gateway_session",
+    "gateway_topics",
     "gateway_user",
     "gateway_wildcard",
     "inbox_pull",
@@ -46,6 +52,9 @@ MAX_ID: Final = 200
 
 NOTIFY_WILDCARD: Final = "notify.user.*"
 TOPICS_WILDCARD: Final = "notify.topic.>"
+BROADCAST_WILDCARD: Final = "broadcast.>"
+DECIDED: Final = "decided"
+"""Where fan-out agents note how a message goes out."""
 DEAD_WILDCARD: Final = "dead.>"
 INBOX_FLOOR: Final = "inbox.floor"
 
@@ -66,6 +75,8 @@ def escape(text: str, what: str = "user id") -> str:
         raw = text.encode()
     except UnicodeEncodeError:
         raise BadSubject(f"{what} holds half of a surrogate pair: it is not Unicode text") from None
+    if 0 in raw:
+        raise BadSubject(f"{what} holds a NUL character")
     # quote_from_bytes never quotes "." and "~"; a dot would split the token.
     return quote_from_bytes(raw, safe=_SAFE).replace(".", "%2E")
 
@@ -99,12 +110,21 @@ def notify_user(user: str) -> str:
 
 def notify_topic(topic: str) -> str:
     """Where services publish for a topic; raises `BadTopic`. Each level is escaped by itself."""
-    return "notify.topic." + ".".join(escape(level, "topic") for level in check_topic(topic).split("."))
+    return "notify.topic." + _topic_tokens(topic)
+
+
+def broadcast(topic: str) -> str:
+    """Where fan-out agents publish what goes to a topic's subscribers as one message."""
+    return "broadcast." + _topic_tokens(topic)
+
+
+def _topic_tokens(topic: str) -> str:
+    return ".".join(escape(level, "topic") for level in check_topic(topic).split("."))
 
 
 def topic_of(where: str) -> str:
-    """The topic of a subject that `notify_topic` made; raises `BadTopic` for any other one."""
-    tokens = where.removeprefix("notify.topic.").split(".")
+    """The topic of a subject that `notify_topic` or `broadcast` made; raises `BadTopic` for any other one."""
+    tokens = where.removeprefix("notify.topic.").removeprefix("broadcast.").split(".")
     try:
         topic = ".".join(unescape(token, "topic") for token in tokens)
     except BadSubject as error:
@@ -144,6 +164,16 @@ def gateway_session(gateway: str, session: str) -> str:
     return f"gw.{gateway}.{session}"
 
 
+def gateway_feed(gateway: str, number: int) -> str:
+    """Reply subject of the pulls of a gateway's feed of broadcasts."""
+    return f"gw.{gateway}.feed.{number}"
+
+
+def gateway_topics(gateway: str) -> str:
+    """Asks a gateway to read a user's subscriptions again; it answers when they are in force there."""
+    return f"gw.{gateway}.topics"
+
+
 def gateway_claim(gateway: str) -> str:
     """Asks a gateway to give a device's session up."""
     return f"gw.{gateway}.claim"
@@ -157,6 +187,11 @@ def fanout_pull(agent: str, number: int | str) -> str:
 def inbox_pull(agent: str, partition: int | str, number: int | str) -> str:
     """Reply subject of an inbox agent's pulls; ``*`` for both numbers subscribes to all of them."""
     return f"ib.{agent}.{partition}.{number}"
+
+
+def broadcast_pull(agent: str, number: int | str) -> str:
+    """Reply subject of an inbox agent's pulls of broadcasts; ``*`` subscribes to all of them."""
+    return f"ibb.{agent}.{number}"
 
 
 def gateway_user(gateway: str) -> str:

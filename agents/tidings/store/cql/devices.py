@@ -106,7 +106,7 @@ class Devices:
         if cursor.floor < held.floor:
             acked = frozenset(position for position in cursor.acked if position > held.floor)
             attempts = {position: count for position, count in cursor.attempts.items() if position > held.floor}
-            cursor = Cursor(held.floor, acked, attempts)
+            cursor = Cursor(held.floor, acked, attempts, cursor.broadcast)
         held.floor = cursor.floor
         return DeviceState(cursor, None if update.release else update.holder, held.written_us)
 

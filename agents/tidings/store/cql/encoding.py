@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import orjson
 
+from tidings.store.cursors import cursor_members, cursor_of
 from tidings.store.port import Cursor, Delivered, Holder
 from tidings.wire.position import Position
 
 __all__ = [
     "BEFORE_ALL",
     "BEHIND_ALL",
+    "BLOCK",
     "BUCKET_S",
     "DAY_US",
     "Clock",
     "DeviceState",
+    "block_of",
     "bucket_key",
     "bucket_of",
     "delivered_from_text",
     "delivered_to_text",
     "first_wins",
+    "left_s",
     "pack",
     "unpack",
 ]
@@ -29,6 +33,8 @@ __all__ = [
 DAY_US: Final = 86_400_000_000
 BUCKET_S: Final = 10 * 86_400
 BUCKET_NS: Final = BUCKET_S * 1_000_000_000
+BLOCK: Final = 1000
+"""Broadcasts of one partition: sixteen megabytes at most."""
 _FIRST_WINS_US: Final = 3_000_000_000_000_000
 
 BEFORE_ALL: Final = b""
@@ -50,6 +56,16 @@ def unpack(packed: bytes) -> Position:
 def bucket_of(stored_ns: int) -> int:
     """The bucket of what JetStream stored then: the same message is always in the same one."""
     return stored_ns // BUCKET_NS
+
+
+def left_s(retention_s: int, stored_ns: int, now_us: int) -> int:
+    """How long what was stored then is kept from now on, in seconds."""
+    return retention_s - max(0, (now_us - stored_ns // 1000) // 1_000_000)
+
+
+def block_of(position: Position) -> bytes:
+    """The block of a broadcast; blocks compare as the positions in them do."""
+    return pack(Position(position.incarnation, position.sequence // BLOCK))
 
 
 def bucket_key(user: bytes, bucket: bytes) -> bytes:
@@ -92,24 +108,13 @@ class DeviceState(NamedTuple):
     written_us: int
 
     def dump(self) -> bytes:
-        cursor = self.cursor
-        members: dict[str, Any] = {"floor": tuple(cursor.floor), "written": self.written_us}
+        members = cursor_members(self.cursor) | {"written": self.written_us}
         if self.holder is not None:
             members["holder"] = tuple(self.holder)
-        if cursor.acked:
-            members["acked"] = [tuple(position) for position in sorted(cursor.acked)]
-        if cursor.attempts:
-            members["attempts"] = [(*position, count) for position, count in cursor.attempts.items()]
         return orjson.dumps(members)
 
     @classmethod
     def load(cls, text: bytes) -> DeviceState:
         members = orjson.loads(text)
-        acked = frozenset(Position(*pair) for pair in members.get("acked", ()))
-        attempts = {Position(first, second): count for first, second, count in members.get("attempts", ())}
         holder = members.get("holder")
-        return cls(
-            Cursor(Position(*members["floor"]), acked, attempts),
-            None if holder is None else Holder(*holder),
-            members["written"],
-        )
+        return cls(cursor_of(members), None if holder is None else Holder(*holder), members["written"])

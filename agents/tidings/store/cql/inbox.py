@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable, Sequence
-from itertools import islice
-from struct import error as StructError
 from typing import Any, Final
 
 from cassandra.query import BoundStatement, PreparedStatement
@@ -25,7 +23,8 @@ from tidings.wire.errors import RowsRefused
 from tidings.wire.frames import MarkAs
 from tidings.wire.position import Position
 
-from .database import Database, StatementRefused
+from .appending import Listed, write_rows
+from .database import Database
 from .encoding import (
     BEFORE_ALL,
     BEHIND_ALL,
@@ -37,6 +36,7 @@ from .encoding import (
     delivered_from_text,
     delivered_to_text,
     first_wins,
+    left_s,
     pack,
     unpack,
 )
@@ -53,10 +53,6 @@ _ONE_BUCKET: Final = b"\0\0\0\1\0\0\0\4"
 _SCAN: Final = 2000
 """Rows that one page reads at most to find what fits; a short page for half of a request's time is better than none."""
 _EXPORT: Final = 200
-_LIST_AGAIN_US: Final = 600_000_000
-"""A table that was restored from a backup, or truncated, has forgotten it."""
-_MOST_LISTED: Final = 50_000
-"""About a hundred bytes each."""
 _LATE_US: Final = 30 * DAY_US
 """No log keeps a notification for longer before it is appended."""
 
@@ -69,44 +65,18 @@ class Inbox:
         self._sql = sql
         self._clock = clock
         self._retention_s = retention_s
-        self._listed: dict[bytes, int] = {}
-        """When this process has listed a bucket, by partition key: most notifications go to one of them."""
+        self._listed = Listed(clock)
 
     def _left_s(self, stored_ns: int) -> int:
-        """How long what was stored then is kept from now on, in seconds."""
-        return self._retention_s - max(0, (self._clock.now() - stored_ns // 1000) // 1_000_000)
+        return left_s(self._retention_s, stored_ns, self._clock.now())
 
     # Writing
 
     async def append(self, rows: Sequence[InboxRow]) -> None:
         """Two statements a row, all at once; the first row of a user in a bucket costs a third."""
-        refused: dict[int, str] = {}
-        writes: list[Write] = []
-        owners: list[int] = []
         listed: set[bytes] = set()
-        for index, row in enumerate(rows):
-            try:
-                made = self._row_writes(row, listed)
-            except (UnicodeEncodeError, OverflowError, StructError) as error:
-                refused[index] = f"its values cannot be written: {error}"
-                continue
-            writes += made
-            owners += [index] * len(made)
-        try:
-            await self._database.write_all(writes)
-        except StatementRefused as error:
-            if not error.too_large:
-                # A missing table or grant is nothing that a notification could help.
-                raise
-            # One of them, or more: each by itself.
-            for index, write in zip(owners, writes, strict=True):
-                try:
-                    await self._database.write_all([write])
-                except StatementRefused as error:
-                    if not error.too_large:
-                        raise
-                    refused[index] = f"the store refuses it: {error}"
-        self._remember(listed)
+        refused = await write_rows(self._database, rows, lambda row: self._row_writes(row, listed))
+        self._listed.remember(listed)
         if refused:
             raise RowsRefused(refused)
 
@@ -129,18 +99,12 @@ class Inbox:
             ),
             Write(self._sql["list"], (ttl, at, bucket, user, packed), user),
         )
-        if key in listed or self._listed.get(key, 0) > self._clock.now() - _LIST_AGAIN_US:
+        if key in listed or key in self._listed:
             return writes
         listed.add(key)
         # It outlives the last row of the bucket.
         longest = int4(self._retention_s + BUCKET_S)
         return (*writes, Write(self._sql["list_bucket"], (longest, at, _ONE_BUCKET + bucket, user), user))
-
-    def _remember(self, listed: Iterable[bytes]) -> None:
-        """These buckets are listed, durably; the oldest of too many are forgotten, and listed again."""
-        self._listed.update(dict.fromkeys(listed, self._clock.now()))
-        for key in list(islice(self._listed, max(0, len(self._listed) - _MOST_LISTED))):
-            del self._listed[key]
 
     async def delivered(self, marks: Sequence[DeliveredMark]) -> None:
         writes = []

@@ -13,6 +13,7 @@ ARCHIVED: Final = 3
 
 _ROW: Final = "position, stored, body, type, topic"
 _INBOX: Final = "FROM inbox WHERE user = ? AND bucket = ? AND position"
+_BROADCAST: Final = "position, topic, id, type, stored"
 _STATE: Final = "FROM inbox_state WHERE user = ? AND kind = "
 _HEAD: Final = "WHERE user = ? AND kind = 0 AND position = 0x"
 
@@ -59,19 +60,45 @@ _STATEMENTS: Final = {
     "follow": "INSERT INTO subscriptions (user, topic, is_on) VALUES (?, ?, ?) USING TIMESTAMP ?",
     "unfollow": "DELETE FROM subscriptions USING TIMESTAMP ? WHERE user = ? AND topic = ?",
     "followed": "SELECT topic, is_on FROM subscriptions WHERE user = ? AND topic > ? LIMIT ?",
-    "follows": "SELECT topic FROM subscriptions WHERE user = ? AND topic IN ?",
+    "follows": "SELECT topic, is_on FROM subscriptions WHERE user = ? AND topic IN ?",
+    "begin": "INSERT INTO subscription_starts (user, topic, since) VALUES (?, ?, ?) USING TIMESTAMP ?",
+    "forget_start": "DELETE FROM subscription_starts USING TIMESTAMP ? WHERE user = ? AND topic = ?",
+    "starts": "SELECT topic, since FROM subscription_starts WHERE user = ? AND topic > ? AND topic <= ?",
+    "starts_of": "SELECT topic, since FROM subscription_starts WHERE user = ? AND topic IN ?",
+    "end": "INSERT INTO ended_subscriptions (user, topic, since, until) VALUES (?, ?, ?, ?) "
+    "USING TTL ? AND TIMESTAMP ?",
+    "ended": "SELECT topic, since, until FROM ended_subscriptions WHERE user = ? AND (topic, since) > (?, ?) LIMIT ?",
     "join": "INSERT INTO subscribers (topic, level, shard, user) VALUES (?, ?, ?, ?) USING TIMESTAMP ?",
     "leave": "DELETE FROM subscribers USING TIMESTAMP ? WHERE topic = ? AND level = ? AND shard = ? AND user = ?",
     "members": "SELECT user FROM subscribers WHERE topic = ? AND level = ? AND shard = ? AND user > ? LIMIT ?",
     "crowd": "SELECT count(*) FROM subscribers WHERE topic = ? AND level = ? AND shard = ?",
     "levels": "SELECT levels FROM topic_levels WHERE topic = ?",
     "add_level": "UPDATE topic_levels USING TIMESTAMP ? SET levels = levels + ? WHERE topic = ?",
+    # Broadcasts
+    "broadcast": "INSERT INTO broadcasts (block, position, topic, id, type, stored, body) "
+    "VALUES (?, ?, ?, ?, ?, ?, ?) USING TTL ? AND TIMESTAMP ?",
+    "list_block": "INSERT INTO broadcast_blocks (plane, block) VALUES ('broadcast', ?) USING TTL ? AND TIMESTAMP ?",
+    "refer": "INSERT INTO broadcasts_to (pattern, bucket, position, topic, id, type, stored) "
+    "VALUES (?, ?, ?, ?, ?, ?, ?) USING TTL ? AND TIMESTAMP ?",
+    "list_pattern": "UPDATE pattern_buckets USING TTL ? AND TIMESTAMP ? SET buckets = buckets + ? WHERE pattern = ?",
+    "blocks": "SELECT block FROM broadcast_blocks WHERE plane = 'broadcast' AND block > ? AND block <= ? LIMIT ?",
+    "broadcasts": f"SELECT {_BROADCAST}, body FROM broadcasts "
+    "WHERE block = ? AND position > ? AND position <= ? LIMIT ?",
+    "pattern": "SELECT buckets FROM pattern_buckets WHERE pattern = ?",
+    "references": f"SELECT {_BROADCAST} FROM broadcasts_to "
+    "WHERE pattern = ? AND bucket IN ? AND position > ? AND position <= ? ORDER BY position ASC LIMIT ?",
+    "bodies": "SELECT position, body FROM broadcasts WHERE block = ? AND position IN ?",
+    "synced": "SELECT upto FROM synced WHERE user = ?",
+    "note_synced": "INSERT INTO synced (user, upto) VALUES (?, ?) USING TTL ? AND TIMESTAMP ?",
     # Erasing
     "erase_rows": "DELETE FROM inbox USING TIMESTAMP ? WHERE user = ? AND bucket = ? AND position <= ?",
     "erase_deliveries": "DELETE FROM deliveries USING TIMESTAMP ? WHERE user = ? AND bucket = ? AND position <= ?",
     "unlist_buckets": f"UPDATE inbox_state USING TIMESTAMP ? SET buckets = buckets - ? {_HEAD}",
     "erase_watermarks": f"DELETE seen_all, archived_all FROM inbox_state USING TIMESTAMP ? {_HEAD}",
     "erase_cursors": "DELETE FROM cursors USING TIMESTAMP ? WHERE user = ?",
+    "erase_starts": "DELETE FROM subscription_starts USING TIMESTAMP ? WHERE user = ?",
+    "erase_synced": "DELETE FROM synced USING TIMESTAMP ? WHERE user = ?",
+    "erase_ended": "DELETE FROM ended_subscriptions USING TIMESTAMP ? WHERE user = ?",
     # Health
     "probe": "UPDATE probe USING TIMESTAMP ? SET at = ? WHERE name = 'check'",
     "probed": "SELECT at FROM probe WHERE name = 'check'",

@@ -15,6 +15,7 @@ agreement among nodes: write timestamps decide.
 - A device's state is one cell, written with timestamps that begin at its claim: a session that lost its device
   writes below its successor's timestamp, which changes nothing (a fencing token). Each write is read back, many
   devices a request, so that whoever lost a device learns it.
+- A broadcast is written once, and without its body once a pattern; nothing of it is ever changed.
 
 Costs at the server: a notification is one row of its body and one of thirty bytes; a badge one read; a page two or
 three reads; a device one write a flush, and its share of a read.
@@ -28,9 +29,11 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 from tidings.store.port import (
+    Broadcast,
     Claimed,
     CursorUpdate,
     DeliveredMark,
+    EndedSubscription,
     Holder,
     InboxItem,
     InboxPage,
@@ -39,12 +42,14 @@ from tidings.store.port import (
     MarkAllAs,
     PageQuery,
     SubscriberPage,
+    Subscription,
 )
 from tidings.wire.errors import StoreUnavailable
 from tidings.wire.frames import MarkAs
 from tidings.wire.position import Position
 
 from . import schema
+from .broadcasts import Broadcasts
 from .database import Database, Where
 from .devices import Devices
 from .encoding import Clock, pack, unpack
@@ -68,7 +73,8 @@ class CqlStore:
         self._sql: dict[str, Any] = {}
         self._inbox = Inbox(self._database, self._sql, self._clock, self._retention_s)
         self._devices = Devices(self._database, self._sql, self._clock, self._retention_s)
-        self._subscribing = Subscribing(self._database, self._sql, self._clock)
+        self._subscribing = Subscribing(self._database, self._sql, self._clock, self._retention_s)
+        self._broadcasts = Broadcasts(self._database, self._sql, self._clock, self._retention_s)
         self._open = False
         self._closed = False
         self._busy = 0
@@ -183,21 +189,51 @@ class CqlStore:
         with self._call():
             return await self._devices.holders(user)
 
-    async def subscribe(self, user: str, topics: Sequence[str], most: int) -> None:
+    async def subscribe(self, user: str, topics: Sequence[str], most: int, since: Position) -> None:
         with self._call():
-            await self._subscribing.add(user, topics, most)
+            await self._subscribing.add(user, topics, most, since)
 
-    async def unsubscribe(self, user: str, topics: Sequence[str]) -> None:
+    async def unsubscribe(self, user: str, topics: Sequence[str], until: Position) -> None:
         with self._call():
-            await self._subscribing.remove(user, topics)
+            await self._subscribing.remove(user, topics, until)
 
-    async def subscriptions(self, user: str, after: str | None, limit: int) -> list[str]:
+    async def subscriptions(self, user: str, after: str | None, limit: int) -> list[Subscription]:
         with self._call():
             return await self._subscribing.of_user(user, after, limit)
+
+    async def ended_subscriptions(
+        self, user: str, after: EndedSubscription | None, limit: int
+    ) -> list[EndedSubscription]:
+        with self._call():
+            return await self._subscribing.ended_of_user(user, after, limit)
 
     async def subscribers(self, topic: str, after: str | None, limit: int) -> SubscriberPage:
         with self._call():
             return await self._subscribing.of_topic(topic, after, limit)
+
+    async def append_broadcasts(self, rows: Sequence[Broadcast]) -> None:
+        with self._call():
+            await self._broadcasts.append(rows)
+
+    async def broadcasts(self, after: Position, upto: Position, limit: int) -> list[Broadcast]:
+        with self._call():
+            return await self._broadcasts.between(after, upto, limit)
+
+    async def broadcasts_to(self, pattern: str, after: Position, upto: Position, limit: int) -> list[Broadcast]:
+        with self._call():
+            return await self._broadcasts.of_pattern(pattern, after, upto, limit)
+
+    async def broadcast_bodies(self, positions: Sequence[Position]) -> dict[Position, bytes]:
+        with self._call():
+            return await self._broadcasts.bodies(positions)
+
+    async def synced(self, user: str) -> Position:
+        with self._call():
+            return await self._broadcasts.synced(user)
+
+    async def note_synced(self, user: str, upto: Position) -> None:
+        with self._call():
+            await self._broadcasts.note_synced(user, upto)
 
     async def expire(self, before_ns: int) -> int:
         """Every row has its time to live."""
@@ -217,4 +253,5 @@ class CqlStore:
         with self._call():
             await self._devices.erase(user)
             await self._subscribing.erase(user)
+            await self._broadcasts.erase(user)
             return await self._inbox.erase(user, upto)

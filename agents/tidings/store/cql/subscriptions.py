@@ -9,6 +9,9 @@ one read. A subscription that is ended is deleted on all of them.
 Of the two tables the user's is written first, and last: what `subscriptions` shows is in force, and what is in force,
 or may be, is found by `erase`. All writes of a call have timestamps of its moment: of two calls at once the later one
 wins in both tables.
+
+Where a subscription begins is kept beside it: written before it, deleted after it. So a subscription in force without a
+beginning was ended while it was read, or comes from a version that kept none: it is looked at once more.
 """
 
 from __future__ import annotations
@@ -16,17 +19,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import zlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Final
 
 from cassandra.query import PreparedStatement
 
-from tidings.store.export import exported_subscription
-from tidings.store.port import SubscriberPage
+from tidings.store.export import exported_ended, exported_subscription
+from tidings.store.port import EndedSubscription, SubscriberPage, Subscription
 from tidings.wire.errors import TooManySubscriptions
+from tidings.wire.position import Position
 
 from .database import Database
-from .encoding import Clock
+from .encoding import BEFORE_ALL, Clock, pack, unpack
 
 __all__ = ["Subscribing"]
 
@@ -37,6 +41,7 @@ _SAMPLE: Final = 16
 """One user of so many looks how full the partition is."""
 _CHUNK: Final = 100
 _ALL: Final = 1000
+_NOWHERE: Final = Position(0, 0)
 
 log = logging.getLogger("tidings.store")
 
@@ -44,26 +49,46 @@ log = logging.getLogger("tidings.store")
 class Subscribing:
     """The subscriptions' part of the store."""
 
-    def __init__(self, database: Database, sql: dict[str, PreparedStatement], clock: Clock) -> None:
+    def __init__(self, database: Database, sql: dict[str, PreparedStatement], clock: Clock, retention_s: int) -> None:
         self._database = database
         self._sql = sql
         self._clock = clock
+        self._retention_s = retention_s
 
     # By user
 
-    async def add(self, user: str, topics: Sequence[str], most: int) -> None:
-        await self._check_room(user, topics, most)
+    async def add(self, user: str, topics: Sequence[str], most: int, since: Position) -> None:
+        known = await self._known(user, topics, most)
         now = self._clock.now()
         # Reserved for what is written at the end: no other call of this process has it.
         done = self._clock.now()
         for at in range(0, len(topics), _CHUNK):
             some = topics[at : at + _CHUNK]
-            follow = self._sql["follow"]
+            begin, follow = self._sql["begin"], self._sql["follow"]
+            # Also of those that are there: somebody may be ending them, whose writes are older.
+            starts = [(one, pack(known.get(one, since))) for one in some]
+            await self._database.write(self._database.batch(begin.bind((user, *start, done)) for start in starts))
             await self._database.write(self._database.batch(follow.bind((user, one, False, now)) for one in some))
             await asyncio.gather(*(self._join(user, one, now) for one in some))
             await self._database.write(self._database.batch(follow.bind((user, one, True, done)) for one in some))
 
-    async def remove(self, user: str, topics: Sequence[str]) -> None:
+    async def remove(self, user: str, topics: Sequence[str], until: Position) -> None:
+        for at in range(0, len(topics), _CHUNK):
+            some = topics[at : at + _CHUNK]
+            rows = await self._database.read(self._sql["follows"], user, some)
+            starts = dict(await self._database.read(self._sql["starts_of"], user, some))
+            end, now = self._sql["end"], self._clock.now()
+            # First of all, and also of what a call that died half-way has left: it is repeated, or was.
+            ended = [
+                end.bind((user, topic, pack(since), pack(until), self._retention_s, now))
+                for (topic, since), is_on in await self._with_starts(user, rows, starts)
+                if (is_on or topic in starts) and since < until
+            ]
+            if ended:
+                await self._database.write(self._database.batch(ended))
+        await self._remove(user, topics)
+
+    async def _remove(self, user: str, topics: Sequence[str]) -> None:
         now = self._clock.now()
         done = self._clock.now()
         for at in range(0, len(topics), _CHUNK):
@@ -71,40 +96,74 @@ class Subscribing:
             off = self._sql["follow"]
             await self._database.write(self._database.batch(off.bind((user, one, False, now)) for one in some))
             await asyncio.gather(*(self._leave(user, one, now) for one in some))
-            gone = self._sql["unfollow"]
-            await self._database.write(self._database.batch(gone.bind((done, user, one)) for one in some))
+            for gone in (self._sql["unfollow"], self._sql["forget_start"]):
+                await self._database.write(self._database.batch(gone.bind((done, user, one)) for one in some))
 
-    async def _check_room(self, user: str, topics: Sequence[str], most: int) -> None:
+    async def _known(self, user: str, topics: Sequence[str], most: int) -> dict[str, Position]:
+        """Where the user's subscriptions began; raises `TooManySubscriptions` where there is no room for more."""
         known: set[str] = set()
-        async for topic, _ in self._followed(user):
+        began: dict[str, Position] = {}
+        async for (topic, since), is_on in self._followed(user):
             known.add(topic)
+            if is_on:
+                began[topic] = since
         if len(known.union(topics)) > max(most, len(known)):
             raise TooManySubscriptions(f"{user!r} would have more than {most} subscriptions: end some first")
+        return began
 
-    async def _followed(self, user: str, after: str = "") -> AsyncIterator[tuple[str, bool | None]]:
+    async def _followed(self, user: str, after: str = "") -> AsyncIterator[tuple[Subscription, bool]]:
+        """The user's subscriptions, and if they are in force."""
         while True:
             found = await self._database.read(self._sql["followed"], user, after, _ALL)
-            for topic, is_on in found:
-                yield topic, is_on
+            if found:
+                starts = await self._database.read(self._sql["starts"], user, after, found[-1][0])
+                for one in await self._with_starts(user, found, dict(starts)):
+                    yield one
             if len(found) < _ALL:
                 return
             after = found[-1][0]
 
-    async def of_user(self, user: str, after: str | None, limit: int) -> list[str]:
-        found: list[str] = []
-        async for topic, is_on in self._followed(user, after or ""):
+    async def _with_starts(
+        self, user: str, rows: Sequence[tuple[str, bool | None]], starts: Mapping[str, bytes]
+    ) -> list[tuple[Subscription, bool]]:
+        """Rows with their beginnings, which were read after them."""
+        unknown = [topic for topic, is_on in rows if is_on and topic not in starts]
+        on = {topic for topic, is_on in rows if is_on}
+        for at in range(0, len(unknown), _CHUNK):
+            some = unknown[at : at + _CHUNK]
+            still = {topic for topic, is_on in await self._database.read(self._sql["follows"], user, some) if is_on}
+            on -= set(some) - still
+        return [
+            (Subscription(topic, unpack(starts[topic]) if topic in starts else _NOWHERE), topic in on)
+            for topic, _ in rows
+        ]
+
+    async def of_user(self, user: str, after: str | None, limit: int) -> list[Subscription]:
+        found: list[Subscription] = []
+        async for subscription, is_on in self._followed(user, after or ""):
             if is_on:
-                found.append(topic)
+                found.append(subscription)
             if len(found) == limit:
                 break
         return found
 
+    async def ended_of_user(self, user: str, after: EndedSubscription | None, limit: int) -> list[EndedSubscription]:
+        behind = ("", BEFORE_ALL) if after is None else (after.topic, pack(after.since))
+        found = await self._database.read(self._sql["ended"], user, *behind, limit)
+        return [EndedSubscription(topic, unpack(since), unpack(until)) for topic, since, until in found]
+
     async def export(self, user: str) -> AsyncIterator[dict[str, Any]]:
-        async for topic, _ in self._followed(user):
-            yield exported_subscription(topic)
+        async for subscription, _ in self._followed(user):
+            yield exported_subscription(subscription)
+        last: EndedSubscription | None = None
+        while ended := await self.ended_of_user(user, last, _ALL):
+            for last in ended:
+                yield exported_ended(last)
 
     async def erase(self, user: str) -> None:
-        await self.remove(user, [topic async for topic, _ in self._followed(user)])
+        await self._remove(user, [subscription.topic async for subscription, _ in self._followed(user)])
+        for name in ("erase_starts", "erase_ended"):
+            await self._database.write(self._sql[name].bind((self._clock.now(), user)))
 
     # By topic
 

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import orjson
 
+from tidings.store.cursors import cursor_members, cursor_of
 from tidings.store.export import exported_cursor
 from tidings.store.port import Claimed, Cursor, CursorUpdate, Holder, Lost
 from tidings.wire.position import Position
@@ -15,9 +16,10 @@ from tidings.wire.position import Position
 __all__ = ["claim", "export", "holders", "save", "save_values"]
 
 _SAVE: Final = """
-    UPDATE cursors SET incarnation = ?, sequence = ?, acked = ?, attempts = ?, gateway = ?, session = ?
+    UPDATE cursors SET incarnation = ?, sequence = ?, acked = ?, attempts = ?, broadcast = ?, gateway = ?,
+        session = ?
     WHERE user = ? AND device = ? AND gateway = ? AND session = ? AND (incarnation, sequence) <= (?, ?)"""
-_CURSOR: Final = "incarnation, sequence, acked, attempts, gateway, session"
+_CURSOR: Final = "incarnation, sequence, acked, attempts, gateway, session, broadcast"
 
 
 def claim(db: sqlite3.Connection, user: str, device: str, holder: Holder, floor: Position) -> Claimed:
@@ -52,7 +54,7 @@ def holders(db: sqlite3.Connection, user: str) -> list[Holder]:
 
 def export(db: sqlite3.Connection, user: str) -> list[dict[str, Any]]:
     rows = db.execute(f"SELECT {_CURSOR}, device FROM cursors WHERE user = ?", (user,))
-    return [exported_cursor(row[6], _cursor(row), _holder(row)) for row in rows]
+    return [exported_cursor(row[7], _cursor(row), _holder(row)) for row in rows]
 
 
 def _row(db: sqlite3.Connection, update: CursorUpdate) -> tuple[Any, ...] | None:
@@ -70,6 +72,7 @@ def _cursor(row: tuple[Any, ...]) -> Cursor:
         Position(row[0], row[1]),
         frozenset(Position(*pair) for pair in orjson.loads(row[2])),
         {Position(incarnation, sequence): count for incarnation, sequence, count in orjson.loads(row[3])},
+        None if row[6] is None else cursor_of(orjson.loads(row[6])),
     )
 
 
@@ -78,9 +81,11 @@ def save_values(update: CursorUpdate) -> tuple[object, ...]:
     # tuple(): a named tuple is no JSON for orjson.
     acked = orjson.dumps([tuple(position) for position in sorted(cursor.acked)]) if cursor.acked else b"[]"
     attempts = orjson.dumps([(*at, count) for at, count in cursor.attempts.items()]) if cursor.attempts else b"[]"
+    broadcast = None if cursor.broadcast is None else orjson.dumps(cursor_members(cursor.broadcast)).decode()
     holder = (None, None) if update.release else update.holder
     return (
-        *floor, acked.decode(), attempts.decode(), *holder, update.user, update.device, *update.holder, *floor
+        *floor, acked.decode(), attempts.decode(), broadcast, *holder,
+        update.user, update.device, *update.holder, *floor,
     )  # fmt: skip
 
 
@@ -92,5 +97,5 @@ def _save_one(db: sqlite3.Connection, update: CursorUpdate) -> bool:
     floor = max(Position(row[0], row[1]), update.cursor.floor)
     acked = frozenset(position for position in update.cursor.acked if position > floor)
     attempts = {position: count for position, count in update.cursor.attempts.items() if position > floor}
-    db.execute(_SAVE, save_values(update._replace(cursor=Cursor(floor, acked, attempts))))
+    db.execute(_SAVE, save_values(update._replace(cursor=Cursor(floor, acked, attempts, update.cursor.broadcast))))
     return True

@@ -74,4 +74,51 @@ MIGRATIONS: Final = (
     """
     CREATE TABLE floors (part INTEGER PRIMARY KEY, incarnation INTEGER NOT NULL, sequence INTEGER NOT NULL);
     """,
+    """
+    -- JSON, see store.cursors: what a device has acknowledged of broadcasts.
+    ALTER TABLE cursors ADD COLUMN broadcast TEXT;
+
+    CREATE TABLE broadcasts (
+        incarnation INTEGER NOT NULL,
+        sequence INTEGER NOT NULL,
+        topic TEXT NOT NULL,
+        id TEXT NOT NULL,
+        type TEXT NOT NULL,
+        stored_ns INTEGER NOT NULL,
+        body BLOB NOT NULL,
+        PRIMARY KEY (incarnation, sequence)
+    ) WITHOUT ROWID;
+    CREATE INDEX broadcasts_age ON broadcasts (stored_ns);
+
+    -- A row for each pattern that covers the topic of a broadcast.
+    CREATE TABLE broadcasts_to (
+        pattern TEXT NOT NULL,
+        incarnation INTEGER NOT NULL,
+        sequence INTEGER NOT NULL,
+        PRIMARY KEY (pattern, incarnation, sequence)
+    ) WITHOUT ROWID;
+
+    -- Broadcasts above it are the user's.
+    ALTER TABLE subscriptions ADD COLUMN since_incarnation INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE subscriptions ADD COLUMN since_sequence INTEGER NOT NULL DEFAULT 0;
+
+    CREATE TABLE ended_subscriptions (
+        user TEXT NOT NULL,
+        topic TEXT NOT NULL,
+        since_incarnation INTEGER NOT NULL,
+        since_sequence INTEGER NOT NULL,
+        until_incarnation INTEGER NOT NULL,
+        until_sequence INTEGER NOT NULL,
+        ended_ns INTEGER NOT NULL,
+        PRIMARY KEY (user, topic, since_incarnation, since_sequence)
+    ) WITHOUT ROWID;
+    CREATE INDEX ended_subscriptions_age ON ended_subscriptions (ended_ns);
+
+    -- Up to where the broadcasts of a user's topics are in the user's inbox.
+    CREATE TABLE synced (
+        user TEXT PRIMARY KEY,
+        incarnation INTEGER NOT NULL,
+        sequence INTEGER NOT NULL
+    ) WITHOUT ROWID;
+    """,
 )

@@ -6,11 +6,13 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from tidings.store.export import exported_item, exported_subscription, exported_watermark
+from tidings.store.export import exported_ended, exported_item, exported_subscription, exported_watermark
 from tidings.store.port import (
+    Broadcast,
     Claimed,
     CursorUpdate,
     DeliveredMark,
+    EndedSubscription,
     Holder,
     InboxItem,
     InboxPage,
@@ -19,12 +21,13 @@ from tidings.store.port import (
     MarkAllAs,
     PageQuery,
     SubscriberPage,
+    Subscription,
 )
 from tidings.wire.errors import RowsRefused, TooManySubscriptions
 from tidings.wire.frames import MarkAs
 from tidings.wire.position import Position
 
-from . import cursors, reading, subscriptions, writing
+from . import broadcasts, cursors, reading, subscriptions, writing
 from .database import Database
 
 __all__ = ["SqliteStore"]
@@ -98,18 +101,46 @@ class SqliteStore:
 
     # Subscriptions
 
-    async def subscribe(self, user: str, topics: Sequence[str], most: int) -> None:
-        if not await self._database.write(lambda db: subscriptions.add(db, user, topics, most)):
+    async def subscribe(self, user: str, topics: Sequence[str], most: int, since: Position) -> None:
+        if not await self._database.write(lambda db: subscriptions.add(db, user, topics, most, since)):
             raise TooManySubscriptions(f"{user!r} would have more than {most} subscriptions: end some first")
 
-    async def unsubscribe(self, user: str, topics: Sequence[str]) -> None:
-        await self._database.write(lambda db: subscriptions.remove(db, user, topics))
+    async def unsubscribe(self, user: str, topics: Sequence[str], until: Position) -> None:
+        await self._database.write(lambda db: subscriptions.remove(db, user, topics, until))
 
-    async def subscriptions(self, user: str, after: str | None, limit: int) -> list[str]:
+    async def subscriptions(self, user: str, after: str | None, limit: int) -> list[Subscription]:
         return await self._database.read(lambda db: subscriptions.of_user(db, user, after, limit))
+
+    async def ended_subscriptions(
+        self, user: str, after: EndedSubscription | None, limit: int
+    ) -> list[EndedSubscription]:
+        return await self._database.read(lambda db: subscriptions.ended_of_user(db, user, after, limit))
 
     async def subscribers(self, topic: str, after: str | None, limit: int) -> SubscriberPage:
         return await self._database.read(lambda db: subscriptions.of_topic(db, topic, after, limit))
+
+    # Broadcasts
+
+    async def append_broadcasts(self, rows: Sequence[Broadcast]) -> None:
+        values = broadcasts.append_values(rows)
+        refused = await self._database.write(lambda db: broadcasts.append(db, values))
+        if refused:
+            raise RowsRefused(refused)
+
+    async def broadcasts(self, after: Position, upto: Position, limit: int) -> list[Broadcast]:
+        return await self._database.read(lambda db: broadcasts.between(db, after, upto, limit))
+
+    async def broadcasts_to(self, pattern: str, after: Position, upto: Position, limit: int) -> list[Broadcast]:
+        return await self._database.read(lambda db: broadcasts.of_pattern(db, pattern, after, upto, limit))
+
+    async def broadcast_bodies(self, positions: Sequence[Position]) -> dict[Position, bytes]:
+        return await self._database.read(lambda db: broadcasts.bodies(db, positions))
+
+    async def synced(self, user: str) -> Position:
+        return await self._database.read(lambda db: broadcasts.synced(db, user))
+
+    async def note_synced(self, user: str, upto: Position) -> None:
+        await self._database.write(lambda db: broadcasts.note_synced(db, user, upto))
 
     # What is to go, and what is kept of a user
 
@@ -117,7 +148,11 @@ class SqliteStore:
         gone = 0
         while slice_ := await self._database.write(lambda db: writing.expire(db, before_ns)):
             gone += slice_
+        while slice_ := await self._database.write(lambda db: broadcasts.expire(db, before_ns)):
+            gone += slice_
         while await self._database.write(lambda db: writing.expire_watermarks(db, before_ns)):
+            pass
+        while await self._database.write(lambda db: subscriptions.expire(db, before_ns, writing.SLICE)):
             pass
         return gone
 
@@ -133,13 +168,19 @@ class SqliteStore:
             after = items[-1].position
         for cursor in await self._database.read(lambda db: cursors.export(db, user)):
             yield cursor
-        topics = [""]
-        while topics := await self.subscriptions(user, topics[-1], _EXPORT):
-            for topic in topics:
-                yield exported_subscription(topic)
+        topic: str | None = None
+        while followed := await self.subscriptions(user, topic, _EXPORT):
+            for subscription in followed:
+                yield exported_subscription(subscription)
+            topic = followed[-1].topic
+        last: EndedSubscription | None = None
+        while ended := await self.ended_subscriptions(user, last, _EXPORT):
+            for last in ended:
+                yield exported_ended(last)
 
     async def erase(self, user: str, upto: Position) -> int:
         await self._database.write(lambda db: subscriptions.remove_all(db, user))
+        await self._database.write(lambda db: broadcasts.forget_synced(db, user))
         await self._database.write(lambda db: writing.begin_erasing(db, user, upto))
         gone, slice_ = 0, writing.SLICE
         while slice_ == writing.SLICE:

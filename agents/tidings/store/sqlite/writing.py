@@ -14,6 +14,7 @@ from tidings.wire.position import Position
 from .reading import watermarks
 
 __all__ = [
+    "REFUSED",
     "SLICE",
     "append",
     "append_values",
@@ -45,7 +46,7 @@ _DELIVERED: Final = f"""
     ON CONFLICT DO UPDATE SET delivered_ms = excluded.delivered_ms, delivered_device = excluded.delivered_device,
         delivered_attempts = excluded.delivered_attempts
         WHERE inbox.delivered_ms IS NULL OR excluded.delivered_ms < inbox.delivered_ms"""
-_REFUSED: Final = (UnicodeEncodeError, OverflowError, sqlite3.DataError, sqlite3.IntegrityError)
+REFUSED: Final = (UnicodeEncodeError, OverflowError, sqlite3.DataError, sqlite3.IntegrityError)
 """What is wrong with a row itself, whenever it is stored."""
 
 _MARK: Final = """
@@ -92,7 +93,7 @@ def append(db: sqlite3.Connection, rows: Sequence[tuple[Any, ...]]) -> dict[int,
         rows = [(*row, *row[:3]) for row in rows]
     try:
         db.executemany(statement, rows)
-    except _REFUSED:
+    except REFUSED:
         # Where it stopped is not said. Storing some twice changes nothing.
         return {index: why for index, row in enumerate(rows) if (why := _append_one(db, statement, row)) is not None}
     return {}
@@ -105,7 +106,7 @@ def append_values(rows: Sequence[InboxRow]) -> list[tuple[Any, ...]]:
 def _append_one(db: sqlite3.Connection, statement: str, row: tuple[Any, ...]) -> str | None:
     try:
         db.execute(statement, row)
-    except _REFUSED as error:
+    except REFUSED as error:
         return f"its values cannot be stored: {error}"
     return None
 
