@@ -89,6 +89,49 @@ async def test_settings_lists_all() -> None:
     assert any(line.split()[:2] == ["TIDINGS_ACK_WAIT_S", "30"] for line in ran.out)
 
 
+async def test_settings_names_each_bad_value(tmp_path: Path) -> None:
+    """`tidings settings` lists them all the same, and says of each bad value what it must be, with status 1."""
+    file = tmp_path / "tidings.toml"
+    file.write_text('window = 300\nhost = 5\nhots = "x"\nretention_days = "90"\n')
+    bad = {
+        "TIDINGS_REPLICAS": "9",
+        "TIDINGS_PARTITIONS": "many",
+        "TIDINGS_RETENTION_DAYS": "30",
+        "TIDINGS_NATS_URL": "nats://a,,nats://b",
+        "TIDINGS_TOKEN_KEY": "short",
+        "TIDINGS_LOG_LEVEL": "loud",
+        "TIDINGS_STORE_URL": "mysql://somewhere",
+        "TIDINGS_SUBSCRIBE_RULES": "!..",
+    }
+    ran = await answer("settings", "--config", file, **bad)
+    assert ran.process.returncode == 1
+    assert len(ran.out) == len(Settings.describe()) + 1
+    said = ran.sentences()
+    wrong = [
+        "hots",
+        "TIDINGS_PARTITIONS is 'many'",
+        "nats_url",
+        "replicas is 9",
+        "host is 5",
+        "token_key is too short",
+        "log_level is 'loud'",
+        "window is 300",
+        "store_url is 'mysql://somewhere'",
+        "subscribe_rules",
+    ]
+    for words in wrong:
+        assert sum(words in sentence for sentence in said) == 1, (words, said)
+    assert len(said) == len(wrong), said
+
+
+async def test_settings_of_a_file_that_is_missing(tmp_path: Path) -> None:
+    """A settings file that cannot be read is a bad value, too."""
+    ran = await answer("settings", "--config", tmp_path / "none.toml")
+    assert ran.process.returncode == 1
+    assert len(ran.out) == len(Settings.describe()) + 1
+    assert str(tmp_path / "none.toml") in ran.sentence()
+
+
 async def test_settings_out_of_range() -> None:
     """A setting out of its range is named, with its range."""
     ran = await answer("inbox", TIDINGS_REPLICAS="9")
@@ -149,11 +192,11 @@ async def test_topology_plan_apply_show(nats: NatsServer) -> None:
     environment = small(nats)
     planned = await answer("topology", "plan", **environment)
     assert planned.out[0] == "create stream NOTIFY_0"
-    # A stream and a consumer a partition, the same for the topics, and the dead letters.
-    assert planned.out[-1].startswith(f"{2 * PARTITIONS + 3} to do")
+    # A stream and a consumer a partition, for topics and for broadcasts; decisions, and dead letters.
+    assert planned.out[-1].startswith(f"{2 * PARTITIONS + 6} to do")
     applied = await answer("topology", "apply", **environment)
     assert applied.process.returncode == 0
-    assert applied.out == [*planned.out[:-1], f"{2 * PARTITIONS + 3} done"]
+    assert applied.out == [*planned.out[:-1], f"{2 * PARTITIONS + 6} done"]
     again = await answer("topology", "apply", **environment)
     assert again.out == ["nothing to do"]
     shown = await answer("topology", "show", "--nats", nats.url)
@@ -161,8 +204,21 @@ async def test_topology_plan_apply_show(nats: NatsServer) -> None:
     assert [line.split()[0] for line in shown.out[2:]] == [
         *(f"NOTIFY_{n}" for n in range(PARTITIONS)),
         "TOPICS",
+        "DECISIONS",
+        "BROADCAST",
         "DEAD",
     ]
+
+
+async def test_topology_of_other_partitions(nats: NatsServer) -> None:
+    """Streams of another number of partitions: plan and apply name the setting, and the value to give it."""
+    assert (await answer("topology", "apply", **small(nats))).process.returncode == 0
+    for action in ("plan", "apply"):
+        ran = await answer("topology", action, **{**small(nats), "TIDINGS_PARTITIONS": "64"})
+        assert ran.process.returncode == 1
+        assert "TIDINGS_PARTITIONS is 64" in ran.sentence()
+        assert ran.sentence().endswith(f"Set TIDINGS_PARTITIONS={PARTITIONS}")
+    assert (await answer("topology", "plan", **small(nats))).out == ["nothing to do"]
 
 
 async def test_topology_show_of_nothing(nats: NatsServer) -> None:
@@ -177,6 +233,7 @@ async def test_topology_apply_without_mapping(nats: NatsServer) -> None:
     ran = await answer("topology", "apply", **{**small(nats), "TIDINGS_PARTITIONS": "1"})
     assert ran.process.returncode == 1
     assert "mappings:" in ran.sentence()
+    assert "TIDINGS_PARTITIONS, now 1," in ran.sentence()
 
 
 async def test_no_nats_server(tmp_path: Path) -> None:
@@ -185,6 +242,27 @@ async def test_no_nats_server(tmp_path: Path) -> None:
         ran = await answer(*arguments, cwd=tmp_path, TIDINGS_NATS_URL="nats://127.0.0.1:1")
         assert ran.process.returncode == 1
         assert "nats://127.0.0.1:1" in ran.sentence()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("publish", "--user", "a", "--type", "t"),
+        ("topology", "plan"),
+        ("gateway",),
+        ("inbox",),
+        ("fanout",),
+        ("user", "export", "--user", "a"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+async def test_credentials_are_missing(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    """Commands that sign in to NATS name the credentials file that is not there, and its setting."""
+    file = tmp_path / "none.creds"
+    ran = await answer(*arguments, cwd=tmp_path, TIDINGS_NATS_CREDENTIALS=str(file), TIDINGS_TOKEN_KEY=KEY)
+    assert ran.process.returncode == 1
+    assert str(file) in ran.sentence()
+    assert "TIDINGS_NATS_CREDENTIALS" in ran.sentence()
 
 
 async def test_publish_twice(mesh: Mesh) -> None:
@@ -340,12 +418,35 @@ async def test_doctor_names_what_is_wrong(nats: NatsServer, tmp_path: Path) -> N
         assert any(word in line for line in wrong for word in words.split("|")), words
 
 
+async def test_doctor_names_other_partitions(mesh: Mesh) -> None:
+    """A mesh of another number of partitions: it is the setting that is wrong, not the server's mapping."""
+    environment = {**small(mesh.nats), "TIDINGS_STORE_URL": mesh.settings.store_url, "TIDINGS_PARTITIONS": "64"}
+    ran = await answer("doctor", cwd=mesh.folder, **environment)
+    assert ran.process.returncode == 1
+    wrong = [line for line in ran.out if line.startswith("FAIL")]
+    assert [line.split()[1] for line in wrong] == ["subject", "streams:"], ran.out
+    for line in wrong:
+        assert f"TIDINGS_PARTITIONS={PARTITIONS}" in line
+        assert "mappings:" not in line
+
+
 async def test_doctor_without_nats(tmp_path: Path) -> None:
     """No server: one FAIL for NATS, and the rest is still looked at."""
     ran = await answer("doctor", "--nats", "nats://127.0.0.1:1", cwd=tmp_path, TIDINGS_TOKEN_KEY=KEY)
     assert ran.process.returncode == 1
     assert [line.split()[0] for line in ran.out].count("FAIL") == 1
     assert "nats://127.0.0.1:1" in ran.out[0]
+    assert any("token_key" in line for line in ran.out)
+
+
+async def test_doctor_without_credentials(tmp_path: Path) -> None:
+    """No credentials file: one FAIL that names it and its setting, and the rest is still looked at."""
+    file = tmp_path / "none.creds"
+    ran = await answer("doctor", cwd=tmp_path, TIDINGS_NATS_CREDENTIALS=str(file), TIDINGS_TOKEN_KEY=KEY)
+    assert ran.process.returncode == 1
+    assert [line.split()[0] for line in ran.out].count("FAIL") == 1
+    assert str(file) in ran.out[0]
+    assert "TIDINGS_NATS_CREDENTIALS" in ran.out[0]
     assert any("token_key" in line for line in ran.out)
 
 
@@ -356,7 +457,9 @@ async def test_doctor_without_a_running_mesh(state: Path) -> None:
     assert str(state) in ran.sentence()
 
 
-@pytest.mark.parametrize("url", ["", "nats://127.0.0.1:notaport", "nats://127.0.0.1:99999", "nats://a,,nats://b"])
+@pytest.mark.parametrize(
+    "url", ["", "nats://127.0.0.1:notaport", "nats://127.0.0.1:99999", "nats://a,,nats://b", "nats://[::1"]
+)
 async def test_no_address_of_a_server(url: str) -> None:
     """An address that is none is named, with one that would be."""
     ran = await answer("publish", "--user", "alice", "--type", "t", "--nats", url)

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import random
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
 
 from support.clock import until
 from support.mesh import Mesh
+from tidings.runtime.settings import Settings
 from tidings.stream.connection import Connection, connect
+from tidings.wire.errors import BadSettings
 
 STREAM = (
     b"MSG a.b 1 5\r\nhello\r\n"
@@ -90,4 +97,96 @@ async def test_gulps(mesh: Mesh) -> None:
     await connection.flush()
     mesh.connection.send("test.gulps", b"again")
     await until(lambda: seen[-1] == b"again", "the message behind the restart has come")
+    await connection.close()
+
+
+async def test_closed_before_it_was_connected() -> None:
+    """A connection that never came to connecting can be closed."""
+    connection = Connection()
+    await connection.close()
+    assert not connection.is_connected
+
+
+CREDENTIALS = """-----BEGIN NATS USER JWT-----
+one.two.three
+------END NATS USER JWT------
+
+-----BEGIN USER NKEY SEED-----
+{seed}
+------END USER NKEY SEED------
+"""
+
+
+class Pair:
+    """A key pair that nkeys would have made."""
+
+    def wipe(self) -> None:
+        pass
+
+
+def fake_nkeys() -> ModuleType:
+    """nkeys as far as credentials are looked at: it is an extra, which need not be there."""
+
+    class NkeysError(Exception):
+        pass
+
+    def from_seed(seed: bytearray) -> Pair:
+        if not seed.isalnum():
+            raise NkeysError
+        return Pair()
+
+    module = ModuleType("nkeys")
+    module.NkeysError, module.from_seed = NkeysError, from_seed
+    return module
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "cannot be read: No such file or directory"),
+        ("", "is no NATS credentials file"),
+        ("garbage\n" * 100, "is no NATS credentials file"),
+        (CREDENTIALS.format(seed=""), "is no NATS credentials file"),
+        (CREDENTIALS.format(seed="!?"), "is no NATS credentials file"),
+        (CREDENTIALS.format(seed="SUAB\r"), "is no NATS credentials file"),
+        (CREDENTIALS[:30], "is no NATS credentials file"),
+    ],
+    ids=["missing", "empty", "garbage", "no seed", "bad seed", "other line ends", "cut off"],
+)
+async def test_credentials_that_are_none(
+    content: str | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that holds no credentials is named, with its setting, and no server is asked."""
+    monkeypatch.setitem(sys.modules, "nkeys", fake_nkeys())
+    file = tmp_path / "user.creds"
+    if content is not None:
+        file.write_text(content, newline="")
+    with pytest.raises(BadSettings, match=said) as refused:
+        await connect(Settings(nats_url="nats://127.0.0.1:1", nats_credentials=str(file)), "test")
+    assert str(file) in str(refused.value)
+    assert "TIDINGS_NATS_CREDENTIALS" in str(refused.value)
+
+
+async def test_credentials_of_a_folder(tmp_path: Path) -> None:
+    """A folder is no file."""
+    with pytest.raises(BadSettings, match="cannot be read: Is a directory"):
+        await connect(Settings(nats_url="nats://127.0.0.1:1", nats_credentials=str(tmp_path)), "test")
+
+
+async def test_credentials_without_what_signs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the extra is not installed, it is named."""
+    monkeypatch.setitem(sys.modules, "nkeys", None)
+    file = tmp_path / "user.creds"
+    file.write_text(CREDENTIALS.format(seed="SUAB"))
+    with pytest.raises(BadSettings, match=r"pip install 'tidings\[nkeys\]'"):
+        await connect(Settings(nats_url="nats://127.0.0.1:1", nats_credentials=str(file)), "test")
+
+
+async def test_credentials_that_nobody_asks_for(mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that wants none is connected to all the same."""
+    monkeypatch.setitem(sys.modules, "nkeys", fake_nkeys())
+    file = tmp_path / "user.creds"
+    file.write_text(CREDENTIALS.format(seed="SUAB"))
+    connection = await connect(Settings(nats_url=mesh.nats.url, nats_credentials=str(file)), "test")
+    assert connection.is_connected
     await connection.close()

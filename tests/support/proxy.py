@@ -8,12 +8,13 @@ from typing import Self
 
 
 class Proxy:
-    """Forwards to a port of this machine until `go_silent`; then it swallows everything and closes nothing."""
+    """Forwards to a port of this machine; silent it swallows everything and closes nothing, cut it refuses."""
 
     def __init__(self, target_port: int) -> None:
         self._target = target_port
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        """Of connections that are being opened, and of each direction of those that are."""
         self._writers: list[asyncio.StreamWriter] = []
         self._silent: set[int] = set()
         self._generation = 0
@@ -24,9 +25,23 @@ class Proxy:
         self._silent.add(self._generation)
         self._generation += 1
 
+    def cut(self) -> None:
+        """Break all connections, and refuse new ones until `mend`."""
+        assert self._server is not None
+        self._server.close()
+        for writer in self._writers:
+            writer.transport.abort()
+
+    async def mend(self) -> None:
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
+
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        opening = asyncio.current_task()
+        assert opening is not None
+        self._tasks.add(opening)
+        self._writers.append(writer)
         up_reader, up_writer = await asyncio.open_connection("127.0.0.1", self._target)
-        self._writers += [writer, up_writer]
+        self._writers.append(up_writer)
         for source, sink in ((reader, up_writer), (up_reader, writer)):
             task = asyncio.create_task(self._pump(source, sink, self._generation))
             self._tasks.add(task)

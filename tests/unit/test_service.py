@@ -617,3 +617,24 @@ async def test_task_made_before_the_release_fails(probe: Probe) -> None:
         task.cancel()
     await asyncio.gather(*left, return_exceptions=True)
     assert left == []
+
+
+async def test_task_that_misses_its_cancellation(probe: Probe) -> None:
+    """An answer that comes in the turn of the stop hides it from who asked, on Python 3.11: it is told again."""
+    await probe.start()
+    answers: list[asyncio.Future[None]] = []
+
+    async def ask() -> None:
+        while True:
+            answers.append(asyncio.get_running_loop().create_future())
+            await asyncio.wait_for(answers[-1], 60)
+
+    asking = probe.spawn(ask())
+    while not answers:
+        await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    stopping = asyncio.create_task(probe.stop())
+    answers[-1].set_result(None)
+    async with asyncio.timeout(PATIENCE_S):
+        await stopping
+    assert asking.cancelled()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 from urllib.parse import unquote
 
-from tidings.wire.errors import StreamUnavailable, TidingsError, TopologyMismatch
+from tidings.wire.errors import BadSettings, StreamUnavailable, TidingsError, TopologyMismatch
 
 from .common import DEFAULT_STATE, Commands, add_nats, add_state, check_mapping, load, run
 
@@ -108,7 +108,7 @@ async def _nats(settings: Settings) -> AsyncIterator[_Finding]:
 
     try:
         connection = await connect(settings, "tidings-doctor")
-    except StreamUnavailable as error:
+    except (BadSettings, StreamUnavailable) as error:
         yield _fail(str(error))
         return
     try:
@@ -147,9 +147,29 @@ def _dotted(version: tuple[int, int]) -> str:
 async def _mapping(connection: Connection, settings: Settings) -> _Finding:
     try:
         await check_mapping(connection, settings.partitions)
-    except (TopologyMismatch, StreamUnavailable) as error:
+    except TopologyMismatch as error:
+        other = await _other_number(connection, settings)
+        if other is None:
+            return _fail(f"subject mapping: {error}")
+        return _fail(
+            f"subject mapping: users go to {other} partitions, for which the streams were made, and TIDINGS_PARTITIONS "
+            f"is {settings.partitions}: set TIDINGS_PARTITIONS={other}"
+        )
+    except StreamUnavailable as error:
         return _fail(f"subject mapping: {error}")
     return _ok(f"subject mapping: users go to {settings.partitions} partitions")
+
+
+async def _other_number(connection: Connection, settings: Settings) -> int | None:
+    """The number of partitions that mapping and streams agree on, if it is another than the settings'."""
+    from tidings.stream import topology
+
+    try:
+        number = (await topology.discover(connection)).partitions
+        await check_mapping(connection, number)
+    except (TopologyMismatch, StreamUnavailable):
+        return None
+    return number if number != settings.partitions else None
 
 
 async def _streams(connection: Connection, settings: Settings) -> _Finding:

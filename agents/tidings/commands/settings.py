@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from tidings.wire.errors import BadSettings
 
 from .common import Commands
 
@@ -15,11 +20,36 @@ def register(commands: Commands[argparse.ArgumentParser], common: argparse.Argum
 
 
 def _settings(args: argparse.Namespace) -> int:
-    """Every setting: its environment variable, default and meaning. In a TOML file: the name alone, in lower case."""
+    """Every setting: its environment variable, default and meaning. In a TOML file: the name alone, in lower case.
+    Exit status 1 when the environment or --config has a bad value; each is named on standard error.
+    """
     from tidings.runtime.settings import Settings
 
     rows = [("variable", "default", "meaning"), *Settings.describe()]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     for variable, default, meaning in rows:
         print(f"{variable:<{widths[0]}}  {default:<{widths[1]}}  {meaning}")
-    return 0
+    sys.stdout.flush()
+    problems = _problems(args.config)
+    for problem in problems:
+        print(f"tidings: {problem}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+def _problems(file: Path | None) -> list[str]:
+    """Of all values, those included that an agent reads only when it starts."""
+    from tidings.runtime.entitlement import Entitlement
+    from tidings.runtime.settings import Settings
+    from tidings.store.factory import open_store_url
+
+    values, problems = Settings.examine(file=file)
+    readers: tuple[tuple[str, Callable[[str], object]], ...] = (
+        ("store_url", open_store_url),
+        ("subscribe_rules", Entitlement),
+    )
+    for name, reader in readers:
+        try:
+            reader(values[name])
+        except BadSettings as error:
+            problems.append(str(error))
+    return problems

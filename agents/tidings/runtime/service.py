@@ -15,9 +15,11 @@ import asyncio
 import enum
 import logging
 from collections.abc import Coroutine
-from typing import Any
+from typing import Any, Final
 
 __all__ = ["Service", "State"]
+
+_CANCEL_AGAIN_S: Final = 1.0
 
 
 class State(enum.Enum):
@@ -123,7 +125,9 @@ class Service:
             tasks = list(self._tasks)
             for task in tasks:
                 task.cancel()
-            await asyncio.wait(tasks)
+            # Again and again: before Python 3.12 `asyncio.wait_for`, which nats-py asks with, forgets a cancellation
+            # that comes in the same turn as the answer, and its caller goes on.
+            await asyncio.wait(tasks, timeout=_CANCEL_AGAIN_S)
 
     async def _start(self) -> None:
         """Acquire what the service needs; return when it can serve."""

@@ -36,7 +36,7 @@ class Settings:
 
     # The log
     nats_url: str = _text("nats://127.0.0.1:4222", "servers of the NATS cluster, comma-separated")
-    nats_credentials: str = _text("", "path of a NATS credentials file; empty for none")
+    nats_credentials: str = _text("", "path of a NATS credentials file (needs tidings[nkeys]); empty for none")
     partitions: int = _number(64, 1, 1024, "partitions of the personal plane; fixed when the topology is created")
     replicas: int = _number(3, 1, 5, "replicas of every stream")
     stream_max_age_s: int = _number(21_600, 1, 2_592_000, "how long the log keeps a notification")
@@ -97,6 +97,9 @@ class Settings:
     # The fan-out agent
     fanout_batch: int = _number(256, 1, 10_000, "most topic messages that one fan-out agent has under way")
     fanout_in_flight: int = _number(1024, 1, 100_000, "most copies that one fan-out agent has unconfirmed")
+    fanout_write_max: int = _number(
+        1000, 0, 1_000_000, "most subscribers who get a copy each of a topic message; above it goes out as a broadcast"
+    )
     fanout_ack_wait_s: float = _number(60, 1, 3600, "how long a topic message may take before another agent tries")
 
     # All
@@ -104,15 +107,9 @@ class Settings:
     request_timeout_s: float = _number(5, 0.1, 60, "how long an answer of JetStream may take")
 
     def __post_init__(self) -> None:
-        for item in fields(self):
-            _check(item.name, getattr(self, item.name), item.metadata)
-        for server in self.nats_url.split(","):
-            if not _is_server(server):
-                raise BadSettings(f"nats_url has the server {server!r}: it must be like nats://127.0.0.1:4222")
-        if self.window > self.window_max:
-            raise BadSettings(f"window is {self.window}: it may not be above window_max, which is {self.window_max}")
-        if self.token_key and len(self.token_key) < 32:
-            raise BadSettings("token_key is too short: give at least 32 characters, such as `openssl rand -hex 32`")
+        problems = _problems({item.name: getattr(self, item.name) for item in fields(self)})
+        if problems:
+            raise BadSettings(next(iter(problems.values())))
 
     @classmethod
     def load(
@@ -122,10 +119,22 @@ class Settings:
         **given: Any,
     ) -> Settings:
         """Settings from keyword arguments (None counts as not given), the environment, a TOML file, the defaults."""
-        values = _from_file(file) if file else {}
-        values.update(_from_environment(os.environ if environment is None else environment))
+        values, problems = _read(environment, file)
+        if problems:
+            raise BadSettings(problems[0])
         values.update((name, value) for name, value in given.items() if value is not None)
         return cls(**values)
+
+    @classmethod
+    def examine(
+        cls, environment: Mapping[str, str] | None = None, file: Path | None = None
+    ) -> tuple[dict[str, Any], list[str]]:
+        """The values of every setting, the default for each bad one, and a sentence for each that `load` refuses."""
+        defaults = {item.name: item.default for item in fields(cls)}
+        read, problems = _read(environment, file)
+        values = {**defaults, **read}
+        bad = _problems(values)
+        return {**values, **{name: defaults[name] for name in bad}}, [*problems, *bad.values()]
 
     @classmethod
     def describe(cls) -> list[tuple[str, str, str]]:
@@ -136,8 +145,8 @@ class Settings:
 
 
 def _is_server(text: str) -> bool:
-    parts = urlsplit(text if "://" in text else f"nats://{text}")
     try:
+        parts = urlsplit(text if "://" in text else f"nats://{text}")
         return bool(parts.hostname) and (parts.port is None or parts.port > 0)
     except ValueError:
         return False
@@ -148,45 +157,73 @@ _TYPES: Final[dict[str, type]] = {
 }
 
 
-def _check(name: str, value: Any, rule: Mapping[str, Any]) -> None:
+def _problems(values: Mapping[str, Any]) -> dict[str, str]:
+    """A sentence for each setting whose value is not what it must be, by its name."""
+    found = {
+        item.name: problem
+        for item in fields(Settings)
+        if (problem := _problem(item.name, values[item.name], item.metadata)) is not None
+    }
+    if "nats_url" not in found:
+        for server in values["nats_url"].split(","):
+            if not _is_server(server):
+                found["nats_url"] = f"nats_url has the server {server!r}: it must be like nats://127.0.0.1:4222"
+                break
+    if not found.keys() & {"window", "window_max"} and values["window"] > values["window_max"]:
+        found["window"] = (
+            f"window is {values['window']}: it may not be above window_max, which is {values['window_max']}"
+        )
+    if "token_key" not in found and 0 < len(values["token_key"]) < 32:
+        found["token_key"] = "token_key is too short: give at least 32 characters, such as `openssl rand -hex 32`"
+    return found
+
+
+def _problem(name: str, value: Any, rule: Mapping[str, Any]) -> str | None:
     wanted = _TYPES[name]
     if wanted is str:
         if not isinstance(value, str):
-            raise BadSettings(f"{name} is {value!r}: it must be text")
+            return f"{name} is {value!r}: it must be text"
         if rule["choices"] and value not in rule["choices"]:
-            raise BadSettings(f"{name} is {value!r}: it must be one of {', '.join(rule['choices'])}")
-        return
+            return f"{name} is {value!r}: it must be one of {', '.join(rule['choices'])}"
+        return None
     if isinstance(value, bool) or not isinstance(value, int if wanted is int else (int, float)):
-        raise BadSettings(f"{name} is {value!r}: it must be {'an integer' if wanted is int else 'a number'}")
+        return f"{name} is {value!r}: it must be {'an integer' if wanted is int else 'a number'}"
     if not rule["least"] <= value <= rule["most"]:
-        raise BadSettings(
-            f"{name} is {value}: it must be from {rule['least']} to {rule['most']} ({rule['text']})",
-        )
+        return f"{name} is {value}: it must be from {rule['least']} to {rule['most']} ({rule['text']})"
+    return None
 
 
-def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+def _read(environment: Mapping[str, str] | None, file: Path | None) -> tuple[dict[str, Any], list[str]]:
+    """What the file and the environment say, and a sentence for each thing there that cannot be read."""
+    values, problems = _from_file(file) if file else ({}, [])
+    of_environment, more = _from_environment(os.environ if environment is None else environment)
+    return {**values, **of_environment}, [*problems, *more]
+
+
+def _from_environment(environment: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
     values: dict[str, Any] = {}
-    for item in fields(Settings):
-        variable = ENVIRONMENT_PREFIX + item.name.upper()
+    problems: list[str] = []
+    for name, wanted in _TYPES.items():
+        variable = ENVIRONMENT_PREFIX + name.upper()
         text = environment.get(variable)
         if text is None:
             continue
         try:
-            values[item.name] = _TYPES[item.name](text)
+            values[name] = wanted(text)
         except ValueError:
-            kind = "an integer" if _TYPES[item.name] is int else "a number"
-            raise BadSettings(f"{variable} is {text!r}: it must be {kind}") from None
-    return values
+            problems.append(f"{variable} is {text!r}: it must be {'an integer' if wanted is int else 'a number'}")
+    return values, problems
 
 
-def _from_file(file: Path) -> dict[str, Any]:
+def _from_file(file: Path) -> tuple[dict[str, Any], list[str]]:
     try:
         values = tomllib.loads(file.read_text())
     except OSError as error:
-        raise BadSettings(f"the settings file {file} cannot be read: {error.strerror}") from None
+        return {}, [f"the settings file {file} cannot be read: {error.strerror}"]
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BadSettings(f"the settings file {file} is not TOML: {error}") from None
+        return {}, [f"the settings file {file} is not TOML: {error}"]
     unknown = sorted(set(values) - set(_TYPES))
-    if unknown:
-        raise BadSettings(f"the settings file {file} has unknown settings: {', '.join(unknown)}")
-    return values
+    if not unknown:
+        return values, []
+    known = {name: value for name, value in values.items() if name in _TYPES}
+    return known, [f"the settings file {file} has unknown settings: {', '.join(unknown)}"]

@@ -23,6 +23,8 @@ from nats.protocol.parser import AWAITING_CONTROL_LINE, Parser
 from tidings.runtime.settings import Settings
 from tidings.wire.errors import StreamUnavailable
 
+from .credentials import check_credentials
+
 __all__ = ["ApiError", "Connection", "Handler", "Subscription", "connect"]
 
 Handler = Callable[[bytes, bytes, bytes | None, bytes], None]
@@ -185,6 +187,11 @@ class Connection(Client):
             self._pongs[0] = asyncio.get_running_loop().create_future()
         await super()._process_pong()
 
+    async def close(self) -> None:
+        # nats-py cannot close what it has not begun to connect, as when it refuses an option.
+        if self._flush_queue is not None:
+            await super().close()
+
     async def finish(self, timeout_s: float = 1.0) -> None:
         """Send what is queued, if the server is there, and close."""
         try:
@@ -268,7 +275,14 @@ async def connect(
     lost: Callable[[], Awaitable[None]] | None = None,
     found: Callable[[], Awaitable[None]] | None = None,
 ) -> Connection:
-    """Connect, or raise `StreamUnavailable`. `lost` and `found` are called at each break and reconnect."""
+    """Connect, or raise `StreamUnavailable`, or `BadSettings` for credentials that are none.
+
+    `lost` and `found` are called at each break and reconnect.
+    """
+    options: dict[str, Any] = {"reconnect_time_wait": 0.2}
+    if settings.nats_credentials:
+        check_credentials(settings.nats_credentials)
+        options["user_credentials"] = settings.nats_credentials
     connection = Connection()
     connection.request_timeout_s = settings.request_timeout_s
     problems: list[Exception] = []
@@ -277,9 +291,6 @@ async def connect(
         problems[:] = [error]
         log.debug("nats: %s", error or type(error).__name__)
 
-    options: dict[str, Any] = {"reconnect_time_wait": 0.2}
-    if settings.nats_credentials:
-        options["user_credentials"] = settings.nats_credentials
     try:
         async with asyncio.timeout(settings.request_timeout_s):
             await _undivided(
