@@ -28,8 +28,8 @@ from tidings.gateway.opening import Opener
 from tidings.inbox import agent as inbox_module
 from tidings.inbox.agent import InboxAgent
 from tidings.runtime.settings import Settings
-from tidings.store.port import Claimed, Cursor, CursorUpdate, Holder, InboxItem, InboxRow, Lost
-from tidings.stream.topology import Topology
+from tidings.store.port import Claimed, Cursor, CursorUpdate, Holder, InboxItem, InboxRow, Lost, Subscription
+from tidings.stream.topology import BROADCAST, Topology
 from tidings.wire.errors import StoreUnavailable, StreamUnavailable
 from tidings.wire.position import Position
 
@@ -304,6 +304,8 @@ class Wire:
         self._world.acked(self._process, list(replies))
 
     async def api(self, request: str, body: Any = None) -> Any:
+        if BROADCAST in request.split("."):
+            return {"ack_floor": {"stream_seq": 0}}
         return await self._world.call(self._process, request.split(".")[0] + "." + request.split(".")[1], request, body)
 
     async def ask(self, subject: str, payload: bytes = b"", *, timeout_s: float | None = None) -> bytes:
@@ -341,6 +343,10 @@ class Shelf:
     async def floors(self) -> dict[int, Position]:
         """The log never loses its end here."""
         return {}
+
+    async def subscriptions(self, user: str, after: str | None, limit: int) -> list[Subscription]:
+        """The user follows nothing, and there are no broadcasts: they are another matter."""
+        return []
 
     async def note_floors(self, floors: Mapping[int, Position]) -> None:
         """Nobody reads them."""
@@ -406,7 +412,7 @@ class World:
 
         wire: Any = Wire(self, self.gateway)
         store: Any = Shelf(self, self.gateway)
-        self.hub = Hub(self.settings, store, wire, Topology(1, (INCARNATION,)), spawn)
+        self.hub = Hub(self.settings, store, wire, Topology(1, (INCARNATION,), INCARNATION), spawn)
         opener = Opener(self.hub)
         self.keeper = Keeper(self.hub, opener)
         self.door = Door(self.hub, opener)
@@ -522,6 +528,8 @@ class World:
                 if other.alive and subject in other.wire.handlers:
                     self._saw(name, "floor")
                     other.wire.handlers[subject](subject.encode(), b"", None, payload)
+        elif BROADCAST in words:
+            return
         elif "NEXT" in words and words[-1] == "inbox":
             self.agents[process].credit = orjson.loads(payload)["batch"]
         elif "NEXT" in words:
@@ -946,10 +954,10 @@ def stepped_agents() -> Iterator[None]:
         return World.current.starting
 
     async def discover(connection: Wire) -> Topology:
-        return Topology(1, (INCARNATION,))
+        return Topology(1, (INCARNATION,), INCARNATION)
 
     async def renew(connection: Wire, known: Mapping[int, Position]) -> Topology:
-        return Topology(1, (INCARNATION,))
+        return Topology(1, (INCARNATION,), INCARNATION)
 
     clock = SimpleNamespace(monotonic=lambda: World.current.loop.time(), time_ns=time.time_ns)
     logger, handler = logging.getLogger("tidings"), _Mistakes(logging.ERROR)

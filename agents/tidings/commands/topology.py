@@ -102,9 +102,12 @@ async def _show(connection: Connection, settings: Settings) -> None:
         name = topology.notify_stream(number)
         behind = await _behind(connection, name, topology.INBOX)
         rows.append((*_numbers(await connection.api(f"STREAM.INFO.{name}")), behind, f"{incarnation:x}"))
-    behind = await _behind(connection, topology.TOPICS, topology.FANOUT)
-    rows.append((*_numbers(await connection.api(f"STREAM.INFO.{topology.TOPICS}")), behind, ""))
-    rows.append((*_numbers(await connection.api(f"STREAM.INFO.{topology.DEAD}")), "", ""))
+    consumers = {topology.TOPICS: topology.FANOUT, topology.BROADCAST: topology.INBOX}
+    incarnations = {topology.BROADCAST: f"{found.broadcast:x}"}
+    for name in (topology.TOPICS, topology.DECISIONS, topology.BROADCAST, topology.DEAD):
+        behind = await _behind(connection, name, consumers[name]) if name in consumers else ""
+        numbers = _numbers(await connection.api(f"STREAM.INFO.{name}"))
+        rows.append((*numbers, behind, incarnations.get(name, "")))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -1,18 +1,23 @@
 """The fan-out agent.
 
 Reads: ``TOPICS``, through the shared durable consumer ``fanout``; subscribers, from the store.
-Writes: a personal copy for each subscriber to ``notify.user.<user>``; dead letters to ``DEAD``.
-Acks when: every copy is durable in the log, or the body is durable as a dead letter.
-Crash costs: nothing. What was not acknowledged is redelivered, here or to another fan-out agent, and copied again under
-the same message ids, which adds nothing to the copies that are there (within the log's duplicate window).
+Writes: a personal copy for each subscriber to ``notify.user.<user>``, or, where they are many, one message to
+``broadcast.<topic>``; before either, which of the two, to ``DECISIONS``; dead letters to ``DEAD``.
+Acks when: every copy, or the broadcast, is durable in the log, or the body is durable as a dead letter.
+Crash costs: nothing. What was not acknowledged is redelivered, here or to another fan-out agent, which finds the
+decision made and does the same again under the same message ids. That adds nothing to what is there (within the log's
+duplicate window).
 """
 
 from __future__ import annotations
 
 import asyncio
 import secrets
+from base64 import b64decode
 from collections import deque
-from typing import Final, NamedTuple
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Final, Literal, NamedTuple
 
 import orjson
 
@@ -24,7 +29,7 @@ from tidings.store.port import Store, SubscriberPage
 from tidings.stream import consumers, topology
 from tidings.stream.connection import Connection, connect
 from tidings.stream.consumers import Delivery
-from tidings.stream.topology import FANOUT, TOPICS
+from tidings.stream.topology import DECISIONS, FANOUT, TOPICS
 from tidings.wire import subject
 from tidings.wire.errors import (
     BadTopic,
@@ -48,6 +53,9 @@ _MOST_OF_ONE: Final = 32
 _GIVEN_BACK_S: Final = 1.0
 _REMEMBERED: Final = 100_000
 """Users that are known to have their copy: who has subscribed twice over is sent one."""
+
+
+_Plane = Literal["copies", "broadcast"]
 
 
 class _Message(NamedTuple):
@@ -186,7 +194,7 @@ class FanoutAgent(Service):
             del self._waiting[where]
 
     async def _fan_out(self, message: _Message) -> bool:
-        """Copy one message to all subscribers, however long it takes; False when it is a dead letter instead."""
+        """Bring one message to all subscribers, however long it takes; False when it is a dead letter instead."""
         try:
             topic = subject.topic_of(message.where)
             envelope = check(message.body)
@@ -194,6 +202,26 @@ class FanoutAgent(Service):
             await self._bury(message, error.code, str(error))
             return False
         body = message.body if envelope.topic == topic else _with_topic(message.body, topic)
+        async with aclosing(self._crowd(topic)) as crowd:
+            users: list[str] = []
+            async for some in crowd:
+                users += some
+                if len(users) > self._settings.fanout_write_max:
+                    break
+            if not users:
+                return True
+            many = len(users) > self._settings.fanout_write_max
+            plane = await self._decide(message, "broadcast" if many else "copies")
+            if plane == "broadcast":
+                await self._broadcast(message, topic, body)
+                return True
+            await self._copy_all(users, envelope.id, body)
+            async for some in crowd:
+                await self._copy_all(some, envelope.id, body)
+        return True
+
+    async def _crowd(self, topic: str) -> AsyncGenerator[list[str], None]:
+        """All subscribers of the topic itself and of each subtree that it lies in, page by page."""
         served: set[str] = set()
         for pattern in patterns_of(topic):
             after: str | None = None
@@ -202,12 +230,41 @@ class FanoutAgent(Service):
                 users = [user for user in dict.fromkeys(page.users) if user not in served]
                 if len(served) < _REMEMBERED:
                     served.update(users)
-                for at in range(0, len(users), _SLICE):
-                    await self._copy(users[at : at + _SLICE], envelope.id, body)
+                yield users
                 after = page.next
                 if after is None:
                     break
-        return True
+
+    async def _decide(self, message: _Message, plane: _Plane) -> _Plane:
+        """How the message goes out: what is noted here first holds for every agent and every attempt."""
+        id = f"{message.delivery.stream_sequence}.{message.delivery.stored_ns}"
+        backoff = Backoff(0.1, 5.0)
+        while True:
+            try:
+                answer = await self._connection.store(subject.DECIDED, plane.encode(), {"Nats-Msg-Id": id})
+                if not answer.get("duplicate"):
+                    return plane
+                found = await self._connection.api(f"STREAM.MSG.GET.{DECISIONS}", {"seq": answer["seq"]})
+            except StreamUnavailable as error:
+                await self._wait(backoff, f"a decision waits: {error}")
+            else:
+                return "broadcast" if b64decode(found["message"]["data"]) == b"broadcast" else "copies"
+
+    async def _broadcast(self, message: _Message, topic: str, body: bytes) -> None:
+        """Have the log store the one message, however often it takes."""
+        headers = {"Nats-Msg-Id": f"{message.delivery.stream_sequence}.{message.delivery.stored_ns}"}
+        backoff = Backoff(0.1, 5.0)
+        while True:
+            try:
+                await self._connection.store(subject.broadcast(topic), body, headers)
+                return
+            except StreamUnavailable as error:
+                await self._wait(backoff, f"a broadcast to {topic} waits: {error}")
+
+    async def _wait(self, backoff: Backoff, problem: str) -> None:
+        delay = backoff.next()
+        self.log.warning("%.1f s: %s", delay, problem)
+        await asyncio.sleep(delay)
 
     async def _subscribers(self, pattern: str, after: str | None) -> SubscriberPage:
         backoff = Backoff(0.1, 5.0)
@@ -215,9 +272,11 @@ class FanoutAgent(Service):
             try:
                 return await self._store.subscribers(pattern, after, 4 * _SLICE)
             except StoreUnavailable as error:
-                delay = backoff.next()
-                self.log.warning("%d topic messages wait %.1f s for the store: %s", self._held, delay, error)
-                await asyncio.sleep(delay)
+                await self._wait(backoff, f"{self._held} topic messages wait for the store: {error}")
+
+    async def _copy_all(self, users: list[str], id: str, body: bytes) -> None:
+        for at in range(0, len(users), _SLICE):
+            await self._copy(users[at : at + _SLICE], id, body)
 
     async def _copy(self, users: list[str], id: str, body: bytes) -> None:
         """Have the log store these copies, however often it takes."""
@@ -229,9 +288,7 @@ class FanoutAgent(Service):
                     return
                 except (PublishUnconfirmed, PublishRefused, StreamUnavailable) as error:
                     problem = error
-            delay = backoff.next()
-            self.log.warning("%d copies of %s wait %.1f s for the log: %s", len(users), id, delay, problem)
-            await asyncio.sleep(delay)
+            await self._wait(backoff, f"{len(users)} copies of {id} wait for the log: {problem}")
 
     async def _bury(self, message: _Message, reason: str, detail: str) -> None:
         """Make a dead letter of what is no notification; unacknowledged until that is durable."""

@@ -73,7 +73,7 @@ class Publisher:
         self._listening: Subscription | None = None
 
     async def open(self) -> None:
-        """Connect; raises `StreamUnavailable` when nobody is there."""
+        """Connect; raises `StreamUnavailable` when nobody is there, `BadSettings` for credentials that are none."""
         if isinstance(self._given, Connection):
             self._connection = self._given
         else:

@@ -1,4 +1,4 @@
-"""Consumers of the personal plane: made, pulled, acknowledged and forgotten.
+"""Consumers of the personal plane and of the broadcasts: made, pulled, acknowledged and forgotten.
 
 A session's consumer is durable, in memory, on one node, and cheap: 40 KB at a standalone server, 24 KB on
 every node of a cluster of three. `max_ack_pending` is the client's window, so the server itself holds back
@@ -7,7 +7,8 @@ what does not fit, and still redelivers what was not acknowledged.
 
 from __future__ import annotations
 
-from datetime import datetime
+from base64 import b64decode
+from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple
 
 import orjson
@@ -15,17 +16,20 @@ import orjson
 from tidings.wire import subject
 
 from .connection import ApiError, Connection
-from .topology import DEAD, INBOX, notify_stream
+from .topology import BROADCAST, DEAD, INBOX, notify_stream
 
 __all__ = [
     "Delivery",
+    "Stored",
     "bury",
+    "create_feed",
     "create_session",
     "delete",
     "inbox_floor",
     "last_sequence",
     "leader",
     "nak",
+    "next_broadcast",
     "parse_reply",
     "pull",
     "resize",
@@ -108,6 +112,54 @@ async def create_session(
     return _leader(answer), answer["delivered"]["stream_seq"]
 
 
+async def create_feed(connection: Connection, name: str, *, start: int, idle_s: float) -> tuple[str, int]:
+    """Make a gateway's consumer of all broadcasts from a sequence; returns as `create_session`.
+
+    It acknowledges nothing: what a gateway has read is in its memory, and it reads again what it lost.
+    """
+    config: dict[str, Any] = {
+        "durable_name": name,
+        "ack_policy": "none",
+        "max_deliver": 1,
+        "max_waiting": 4,
+        "mem_storage": True,
+        "num_replicas": 1,
+        "inactive_threshold": int(idle_s * _NANOSECONDS),
+        "deliver_policy": "by_start_sequence",
+        "opt_start_seq": max(1, start),
+    }
+    body = {"stream_name": BROADCAST, "config": config, "action": "create"}
+    answer = await connection.api(f"CONSUMER.CREATE.{BROADCAST}.{name}", body)
+    return _leader(answer), answer["delivered"]["stream_seq"]
+
+
+class Stored(NamedTuple):
+    """A message as it lies in its stream."""
+
+    sequence: int
+    where: str
+    body: bytes
+    stored_ns: int
+
+
+async def next_broadcast(connection: Connection, sequence: int) -> Stored | None:
+    """The first broadcast at or behind a sequence; None when there is none."""
+    try:
+        found = await connection.api(
+            f"STREAM.MSG.GET.{BROADCAST}", {"seq": sequence, "next_by_subj": subject.BROADCAST_WILDCARD}
+        )
+    except ApiError as error:
+        if error.status == NOT_FOUND:
+            return None
+        raise
+    message = found["message"]
+    # RFC 3339 with up to nine digits of a second, which `datetime` does not read.
+    whole, _, fraction = message["time"].removesuffix("Z").partition(".")
+    seconds = int(datetime.fromisoformat(whole).replace(tzinfo=UTC).timestamp())
+    stored_ns = seconds * _NANOSECONDS + int(fraction.ljust(9, "0") or 0)
+    return Stored(message["seq"], message["subject"], b64decode(message.get("data", "")), stored_ns)
+
+
 async def resize(connection: Connection, partition: int, name: str, window: int) -> None:
     """Give a session's consumer another window."""
     stream = notify_stream(partition)
@@ -126,14 +178,25 @@ def delete(connection: Connection, stream: str, name: str) -> None:
 
 async def leader(connection: Connection, partition: int, name: str, *, timeout_s: float) -> str | None:
     """The node that has a consumer; None when it is gone. Raises `StreamUnavailable` when nobody answers."""
-    answer = orjson.loads(
-        await connection.ask(f"$JS.API.CONSUMER.INFO.{notify_stream(partition)}.{name}", timeout_s=timeout_s)
+    info = await _info(connection, notify_stream(partition), name, timeout_s)
+    return None if info is None else _leader(info)
+
+
+async def delivered_to_feed(connection: Connection, name: str, *, timeout_s: float) -> int | None:
+    """How many messages a gateway's consumer of broadcasts has sent; None and errors as `leader`."""
+    info = await _info(connection, BROADCAST, name, timeout_s)
+    return None if info is None else info["delivered"]["consumer_seq"]
+
+
+async def _info(connection: Connection, stream: str, name: str, timeout_s: float) -> dict[str, Any] | None:
+    answer: dict[str, Any] = orjson.loads(
+        await connection.ask(f"$JS.API.CONSUMER.INFO.{stream}.{name}", timeout_s=timeout_s)
     )
     if "error" in answer:
         if answer["error"].get("code") == NOT_FOUND:
             return None
         raise ApiError(f"CONSUMER.INFO of {name}", answer["error"])
-    return _leader(answer)
+    return answer
 
 
 def _leader(info: dict[str, Any]) -> str:

@@ -12,12 +12,12 @@ import orjson
 from tidings.wire import subject
 from tidings.wire.position import Position
 
-from . import topology
+from . import consumers, topology
 from .connection import ApiError, Connection
 from .consumers import NOT_FOUND
-from .topology import DEAD, notify_stream
+from .topology import BROADCAST_PART, DEAD, notify_stream
 
-__all__ = ["dead_of_user", "newest", "of_user", "purge", "purge_dead"]
+__all__ = ["broadcast_floor", "dead_of_user", "newest", "of_user", "purge", "purge_dead"]
 
 
 async def _place(connection: Connection, user: str) -> tuple[int, int, str]:
@@ -33,6 +33,12 @@ async def newest(connection: Connection, user: str) -> Position:
     partition, incarnation, _ = await _place(connection, user)
     info = await connection.api(f"STREAM.INFO.{notify_stream(partition)}")
     return Position(incarnation, info["state"]["last_seq"])
+
+
+async def broadcast_floor(connection: Connection) -> Position:
+    """Up to where the broadcasts are in the store."""
+    found = await topology.discover(connection)
+    return Position(found.broadcast, await consumers.inbox_floor(connection, BROADCAST_PART))
 
 
 async def _messages(connection: Connection, stream: str, where: str) -> AsyncIterator[dict[str, Any]]:

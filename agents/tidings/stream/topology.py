@@ -4,6 +4,8 @@
 |---|---|---|
 | ``NOTIFY_<n>`` | ``part.<n>.user.*``: the personal plane, mapped there from ``notify.user.*`` | ``inbox`` |
 | ``TOPICS`` | ``notify.topic.>``: what services publish to topics | ``fanout`` |
+| ``BROADCAST`` | ``broadcast.>``: what goes to a topic's many subscribers as one message | ``inbox`` |
+| ``DECISIONS`` | ``decided``: which topic messages go out as copies, and which as a broadcast | |
 | ``DEAD`` | ``dead.>``: what could not be understood or delivered | |
 
 The mapping is the server's configuration (an account's, in production); `probe_mapping` finds out whether it is
@@ -30,7 +32,10 @@ from tidings.wire.position import Position
 from .connection import ApiError, Connection
 
 __all__ = [
+    "BROADCAST",
+    "BROADCAST_PART",
     "DEAD",
+    "DECISIONS",
     "FANOUT",
     "INBOX",
     "TOPICS",
@@ -48,11 +53,16 @@ __all__ = [
 
 DEAD: Final = "DEAD"
 TOPICS: Final = "TOPICS"
+BROADCAST: Final = "BROADCAST"
+BROADCAST_PART: Final = -1
+"""Stands for `BROADCAST` where others are numbers of partitions."""
+DECISIONS: Final = "DECISIONS"
 INBOX: Final = "inbox"
 """The inbox agents' durable consumer, one a partition."""
 FANOUT: Final = "fanout"
 """The fan-out agents' durable consumer, on `TOPICS`."""
 
+_SHARED: Final = (TOPICS, BROADCAST, DECISIONS, DEAD)
 _PARTITIONS: Final = "tidings_partitions"
 _INCARNATION: Final = "tidings_incarnation"
 _HEADER_ROOM: Final = 4096
@@ -63,7 +73,8 @@ log = logging.getLogger("tidings.topology")
 
 
 def notify_stream(partition: int) -> str:
-    return f"NOTIFY_{partition}"
+    """The stream of a partition, or `BROADCAST`."""
+    return f"NOTIFY_{partition}" if partition >= 0 else BROADCAST
 
 
 def _is_partition(stream: str) -> bool:
@@ -82,6 +93,12 @@ class Topology:
     partitions: int
     incarnations: tuple[int, ...]
     """Of each partition's stream."""
+    broadcast: int
+    """The incarnation of `BROADCAST`."""
+
+    def beginning(self, partition: int) -> Position:
+        """Before everything of a partition, or of `BROADCAST_PART`."""
+        return Position(self.broadcast if partition == BROADCAST_PART else self.incarnations[partition], 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,11 +128,14 @@ async def discover(connection: Connection) -> Topology:
         incarnations = tuple(
             int(numbers[notify_stream(number)]["metadata"][_INCARNATION]) for number in range(partitions)
         )
+        broadcast = int(found[BROADCAST]["config"]["metadata"][_INCARNATION]) if BROADCAST in found else None
     except (KeyError, ValueError):
         raise TopologyMismatch(
-            "a NOTIFY stream does not say its incarnation: it was not made by `tidings topology apply`"
+            "a stream does not say its incarnation: it was not made by `tidings topology apply`"
         ) from None
-    return Topology(partitions, incarnations)
+    if broadcast is None:
+        raise TopologyMismatch(f"the server has no stream {BROADCAST}: run `tidings topology apply`")
+    return Topology(partitions, incarnations, broadcast)
 
 
 async def renew(connection: Connection, known: Mapping[int, Position]) -> Topology:
@@ -147,7 +167,10 @@ async def renew(connection: Connection, known: Mapping[int, Position]) -> Topolo
 
 
 async def check_topics(connection: Connection) -> None:
-    """Raise `TopologyMismatch` when topics have no stream, or fan-out agents no consumer."""
+    """Raise `TopologyMismatch` when topics lack a stream, or fan-out agents their consumer."""
+    missing = {TOPICS, BROADCAST, DECISIONS} - set(await _streams(connection))
+    if missing:
+        raise TopologyMismatch(f"the server has no stream {min(missing)}: run `tidings topology apply`")
     if await _consumer(connection, TOPICS, FANOUT) is None:
         raise TopologyMismatch(f"the server has no consumer {FANOUT} on {TOPICS}: run `tidings topology apply`")
 
@@ -159,14 +182,16 @@ async def plan(connection: Connection, settings: Settings) -> list[Change]:
     count = sum(name.startswith("NOTIFY_") for name in found)
     known = {info["config"].get("metadata", {}).get(_PARTITIONS) for name, info in found.items() if _is_partition(name)}
     if count and known != {str(settings.partitions)}:
+        made_for = ", ".join(sorted(map(str, known)))
         raise TopologyMismatch(
-            f"the streams were made for {', '.join(map(str, known))} partitions and the settings say "
-            f"{settings.partitions}: the number is fixed, because users' positions belong to their partition"
+            f"the streams were made for {made_for} partitions, and TIDINGS_PARTITIONS is {settings.partitions}: the "
+            "number is fixed, because users' positions belong to their partition."
+            + (f" Set TIDINGS_PARTITIONS={made_for}" if made_for.isdecimal() else "")
         )
     partitions = (_notify(settings, number) for number in range(settings.partitions))
-    for config in (*partitions, _topics(settings), _dead(settings)):
+    for config in (*partitions, _topics(settings), _broadcast(settings), _decisions(settings), _dead(settings)):
         changes.extend(_stream_change(config, found.get(config["name"])))
-    for number in range(settings.partitions):
+    for number in (*range(settings.partitions), BROADCAST_PART):
         stream = notify_stream(number)
         existing = await _consumer(connection, stream, INBOX) if stream in found else None
         changes.extend(_consumer_change(stream, _inbox_consumer(settings), existing))
@@ -225,6 +250,29 @@ def _topics(settings: Settings) -> dict[str, Any]:
         "duplicate_window": min(settings.duplicate_window_s, settings.stream_max_age_s) * 1_000_000_000,
         "allow_direct": True,
         "metadata": {},
+    }
+
+
+def _broadcast(settings: Settings) -> dict[str, Any]:
+    return {
+        **_topics(settings),
+        "name": BROADCAST,
+        "description": "Tidings: topic messages that go to many subscribers as one message",
+        "subjects": [subject.BROADCAST_WILDCARD],
+        "metadata": {_INCARNATION: str(time.time_ns() // 1_000_000)},
+    }
+
+
+def _decisions(settings: Settings) -> dict[str, Any]:
+    window = min(settings.duplicate_window_s, settings.stream_max_age_s) * 1_000_000_000
+    return {
+        **_topics(settings),
+        "name": DECISIONS,
+        "description": "Tidings: how a topic message goes out, decided once",
+        "subjects": [subject.DECIDED],
+        # What a duplicate refers to is there for as long as it is known to be one.
+        "max_age": 2 * window,
+        "duplicate_window": window,
     }
 
 
@@ -312,7 +360,7 @@ async def _streams(connection: Connection) -> dict[str, dict[str, Any]]:
         streams = answer.get("streams") or []
         found.update((info["config"]["name"], info) for info in streams)
         if not streams or len(found) >= answer.get("total", 0):
-            return {name: info for name, info in found.items() if name in (DEAD, TOPICS) or _is_partition(name)}
+            return {name: info for name, info in found.items() if name in _SHARED or _is_partition(name)}
 
 
 async def probe_mapping(connection: Connection, partitions: int, *, timeout_s: float = 2.0) -> None:
@@ -345,7 +393,9 @@ async def probe_mapping(connection: Connection, partitions: int, *, timeout_s: f
             await watch.unsubscribe()
     if where != expected:
         source, destination = mapping(partitions)
+        mapped = where != subject.notify_user(token)
         raise TopologyMismatch(
             f"the server sends {subject.notify_user(token)} to {where} and not to {expected}: "
-            f"add to its configuration (of the account, or at the top): mappings: {{ {source!r}: {destination!r} }}"
+            + (f"set TIDINGS_PARTITIONS, now {partitions}, to the number that it maps to, or " if mapped else "")
+            + f"add to its configuration (of the account, or at the top): mappings: {{ {source!r}: {destination!r} }}"
         )
