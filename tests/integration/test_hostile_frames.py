@@ -19,7 +19,7 @@ from tidings.gateway import session as session_module
 from tidings.gateway.agent import Gateway
 from tidings.runtime.tokens import issue
 from tidings.stream import consumers
-from tidings.wire import codes
+from tidings.wire import codes, subject
 from tidings.wire.position import Position
 
 KNOWN_ERRORS = {error.code for error in codes.ERRORS} | {close.name for close in codes.CLOSES}
@@ -51,7 +51,9 @@ def client(gateway: Gateway, user: str = "mallory", **options: object) -> Device
         ('{"t":"dance"}', 4400, "unknown_type"),
         ('{"t":"hello","token":"x"}', 4400, "bad_frame"),
         ('{"t":"ack","pos":"one"}', 4400, "bad_frame"),
+        ('{"t":"ack","pos":["zzz"]}', 4400, "bad_position"),
         ('{"t":"ack","upto":"x"}', 4400, "bad_position"),
+        ('{"t":"ack","pos":["u1.1"]}', None, None),
         (b"\x00\x01", 4400, "bad_frame"),
         ('{"t":"ping","pad":"' + "x" * 3000 + '"}', 4413, None),
         ('{"t":"inbox","ref":99,"limit":0}', None, "bad_frame"),
@@ -224,4 +226,21 @@ async def test_refused_pulls(gateway: Gateway, mesh: Mesh, monkeypatch: pytest.M
     await phone.expect(*await mesh.publish("alice"))
     await watch.unsubscribe()
     await other.unsubscribe()
+    await phone.close()
+
+
+async def test_asked_by_nobody(gateway: Gateway, mesh: Mesh) -> None:
+    """Who asks without a reply subject is nobody: a claimed session stays, and so does the gateway's connection."""
+    phone = client(gateway, "alice")
+    await phone.connect()
+    (session,) = gateway.hub.by_id.values()
+    claim = json.dumps({"user": "alice", "device": "d", "session": session.id}).encode()
+    mesh.connection.send(subject.gateway_claim(gateway.hub.gateway), claim)
+    mesh.connection.send(subject.gateway_topics(gateway.hub.gateway), b"alice")
+    await phone.expect(*await mesh.publish("alice"))
+    # An answer to nobody would be a command that the server does not understand: it hangs up.
+    await gateway.hub.connection.flush()
+    assert gateway.hub.connection.stats["reconnects"] == 0
+    assert list(gateway.hub.by_id.values()) == [session]
+    assert phone.close_code is None
     await phone.close()

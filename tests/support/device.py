@@ -136,6 +136,20 @@ class Device:
             connection.transport.abort()
         await self._end_reader()
 
+    def pause(self) -> None:
+        """Read nothing more from the socket."""
+        self._transport().pause_reading()
+
+    def resume(self) -> None:
+        self._transport().resume_reading()
+
+    def _transport(self) -> asyncio.Transport:
+        assert self._socket is not None
+        connection = self._socket._response.connection
+        assert connection is not None
+        assert isinstance(connection.transport, asyncio.Transport)
+        return connection.transport
+
     async def leave(self) -> None:
         """Say goodbye (close code 1000)."""
         assert self._socket is not None

@@ -18,7 +18,7 @@ from tidings.runtime.settings import Settings
 from tidings.runtime.tokens import issue
 from tidings.store.factory import open_store_url
 from tidings.store.port import Store
-from tidings.stream import topology
+from tidings.stream import consumers, topology
 from tidings.stream.connection import Connection, connect
 from tidings.stream.server import NatsServer
 from tidings.wire import subject
@@ -157,9 +157,18 @@ class Mesh:
         """An inbox process that stores and then neither acknowledges nor goes on."""
         return await self._start("inbox", {}, program=["-P", str(Path(__file__).with_name("stuck_inbox.py"))])
 
+    async def stuck_fanout(self, step: str) -> Agent:
+        """A fan-out process that stands still after this step of its first message; see `stuck_fanout.py`."""
+        program = ["-P", str(Path(__file__).with_name("stuck_fanout.py")), step]
+        agent = await self._start("fanout", {}, program=program)
+        await agent.said(r"reads TOPICS")
+        return agent
+
     async def _start(self, kind: str, changed: dict[str, Any], program: list[str] | None = None) -> Agent:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("TIDINGS_")}
-        for name in {**QUICK, "nats_url": "", "store_url": "", **changed}:
+        default = Settings()
+        own = {name for name in Settings.__slots__ if getattr(self.settings, name) != getattr(default, name)}
+        for name in {*QUICK, *own, *changed}:
             value = changed.get(name, getattr(self.settings, name))
             environment[f"TIDINGS_{name.upper()}"] = str(value)
         process = await asyncio.create_subprocess_exec(
@@ -220,7 +229,7 @@ class Mesh:
         """Wait until every gateway has heard of floors that cover all that is in the streams now."""
         last = [
             (await self.connection.api(f"STREAM.INFO.{topology.notify_stream(n)}"))["state"]["last_seq"]
-            for n in range(PARTITIONS)
+            for n in (*range(PARTITIONS), topology.BROADCAST_PART)
         ]
         heard = asyncio.Event()
         times = 0
@@ -239,6 +248,18 @@ class Mesh:
         # What we have heard has left the server for the gateways too; a round trip through it comes after.
         await self.connection.flush()
         await watch.unsubscribe()
+
+    async def broadcasts_stored(self) -> None:
+        """Wait until the inbox has all broadcasts, and every gateway knows."""
+        async with asyncio.timeout(PATIENCE_S):
+            while True:
+                last = (await self.connection.api(f"STREAM.INFO.{topology.BROADCAST}"))["state"]["last_seq"]
+                stored = await consumers.inbox_floor(self.connection, topology.BROADCAST_PART)
+                topics = await self.connection.api("CONSUMER.INFO.TOPICS.fanout")
+                if stored == last and not topics["num_pending"] + topics["num_ack_pending"]:
+                    break
+                await asyncio.sleep(0.02)
+        await self.floors_announced()
 
     async def dead_letters(self) -> list[dict[str, Any]]:
         """What is in DEAD: headers (lower-case names) and body."""

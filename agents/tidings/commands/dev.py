@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import shutil
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
+
+from tidings.dev.program import program
 
 from .common import DEFAULT_STATE, Commands, add_state, load, run, serve
 
@@ -65,9 +64,9 @@ def _greeting(mesh: DevMesh, args: argparse.Namespace) -> str:
     http, nats = mesh.http_url, mesh.nats.url
     state = [] if args.state == DEFAULT_STATE else ["--state", str(args.state)]
     to_nats = [] if nats == _DEFAULT_NATS else ["--nats", nats]
-    listen = shlex.join([*_program(), "listen", "--user", "alice", *state])
+    listen = shlex.join([*program(), "listen", "--user", "alice", *state])
     publish = shlex.join(
-        [*_program(), "publish", "--user", "alice", "--type", "social.like", "--data", '{"text":"hi"}', *to_nats]
+        [*program(), "publish", "--user", "alice", "--type", "social.like", "--data", '{"text":"hi"}', *to_nats]
     )
     header = "Nats-Msg-Id:alice/like-1"
     plain = shlex.join(["nats", "-s", nats, "pub", "--jetstream", "-H", header, "notify.user.alice", _EVENT])
@@ -89,15 +88,3 @@ def _greeting(mesh: DevMesh, args: argparse.Namespace) -> str:
     if mesh.settings.host not in _LOOPBACK:
         lines.append("  Everybody who reaches this address can have a token of any user here.")
     return "\n".join(lines)
-
-
-def _program() -> list[str]:
-    """This command as another terminal finds it, where the virtual environment is perhaps not active."""
-    beside = Path(sys.executable).with_name("tidings")
-    on_path = shutil.which("tidings")
-    if on_path is not None and Path(on_path).absolute() == beside:
-        return ["tidings"]
-    if not beside.exists():
-        return [sys.executable, "-m", "tidings"]
-    here = Path.cwd()
-    return [str(beside.relative_to(here) if beside.is_relative_to(here) else beside)]

@@ -59,6 +59,7 @@ async def _export(settings: Settings, user: str) -> None:
     still holds, which the inbox has too unless it is newer than a moment, and dead letters.
     """
     from tidings.store.factory import open_store_url
+    from tidings.store.inbox import UserInbox
     from tidings.stream import records
     from tidings.stream.connection import connect
 
@@ -66,7 +67,8 @@ async def _export(settings: Settings, user: str) -> None:
     connection = await connect(settings, "tidings-user")
     try:
         await store.open()
-        async for entry in store.export(user):
+        floor = await records.broadcast_floor(connection)
+        async for entry in UserInbox(store, lambda: floor).export(user):
             _print(entry)
         async for entry in records.of_user(connection, user):
             _print(entry)
@@ -86,18 +88,21 @@ async def _erase(settings: Settings, user: str) -> None:
     what is published from now on is kept as ever.
     """
     from tidings.store.factory import open_store_url
+    from tidings.store.inbox import UserInbox
     from tidings.stream import records
     from tidings.stream.connection import connect
+    from tidings.wire.position import Place
 
     store = open_store_url(settings.store_url, retention_days=settings.retention_days)
     connection = await connect(settings, "tidings-user")
     try:
         await store.open()
+        floor = await records.broadcast_floor(connection)
         upto = await records.newest(connection, user)
         logged = await records.purge(connection, user)
         dead = await records.purge_dead(connection, user)
         # Last: what an inbox agent had taken from the log by now is at most at `upto`, and stays away.
-        stored = await store.erase(user, upto)
+        stored = await UserInbox(store, lambda: floor).erase(user, Place(upto, floor if floor.sequence else None))
     finally:
         await store.close()
         await connection.finish()

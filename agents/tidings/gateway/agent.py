@@ -22,6 +22,7 @@ from tidings.store.guard import GuardedStore
 from tidings.store.port import Store
 from tidings.stream import consumers, topology
 from tidings.stream.connection import ApiError, Connection, connect
+from tidings.stream.topology import BROADCAST_PART
 from tidings.wire import codes, subject
 from tidings.wire.errors import StartFailed, TidingsError
 
@@ -74,7 +75,9 @@ class Gateway(Service):
         return self._hub
 
     async def _start(self) -> None:
-        self._connection = connection = await connect(self._settings, "tidings-gateway", found=self._reconnected)
+        self._connection = connection = await connect(
+            self._settings, "tidings-gateway", lost=self._cut_off, found=self._reconnected
+        )
         found = await topology.discover(connection)
         store = GuardedStore(self._store, self._settings.store_timeout_s)
         self._hub = hub = Hub(self._settings, store, connection, found, self.spawn)
@@ -82,10 +85,18 @@ class Gateway(Service):
         await connection.listen(subject.INBOX_FLOOR, self._heard_floors)
         await connection.listen(subject.gateway_wildcard(hub.gateway), self._receive)
         await connection.flush()
+        await hub.feed.start(hub.floors[BROADCAST_PART])
         opener = Opener(hub)
         self._keeper = keeper = Keeper(hub, opener)
         self._door = Door(hub, opener)
-        for loop in (keeper.write_cursors, keeper.write_notes, keeper.keep_time, keeper.mend, keeper.probe):
+        for loop in (
+            keeper.write_cursors,
+            keeper.write_notes,
+            keeper.keep_time,
+            keeper.mend,
+            keeper.probe,
+            hub.feed.mend,
+        ):
             self.spawn(loop())
         connection.gulp_s = _GULP_S
         await self._listen()
@@ -99,7 +110,7 @@ class Gateway(Service):
                 # Without inbox agents nothing is in the store: 0 is the floor.
                 self.log.warning("partition %d has no inbox floor: %s", partition, error)
 
-        await asyncio.gather(*map(read, range(hub.topology.partitions)))
+        await asyncio.gather(*map(read, (*range(hub.topology.partitions), BROADCAST_PART)))
 
     async def _listen(self) -> None:
         app = web.Application()
@@ -135,8 +146,14 @@ class Gateway(Service):
         hub = self.hub
         if where.startswith(b"part."):
             hub.on_pull_reply(where, reply, header, body)
+        elif where.startswith(b"broadcast."):
+            hub.feed.receive(where, reply, body)
         elif where.endswith(b".claim"):
-            hub.connection.send(reply.decode(), give_up(hub, body))
+            # Who cannot be answered is no gateway: it would take the session, and nobody would have its cursor.
+            if reply:
+                hub.connection.send(reply.decode(), give_up(hub, body))
+        elif where.endswith(b".topics"):
+            hub.follows.asked(body.decode(), reply.decode())
         elif where.endswith(b".user"):
             told = orjson.loads(body)
             hub.tell_here(told["user"], [frame.encode() for frame in told["frames"]])
@@ -150,6 +167,10 @@ class Gateway(Service):
             floors.outdated = False
             self.spawn(self._check_topology(self.hub))
 
+    async def _cut_off(self) -> None:
+        if self._hub is not None:
+            self._hub.follows.cut_off()
+
     async def _reconnected(self) -> None:
         """The connection to NATS is back: no pull survived it, and perhaps no consumer."""
         hub = self._hub
@@ -158,6 +179,8 @@ class Gateway(Service):
         self.log.info("the connection to NATS is back")
         for session in list(hub.by_consumer.values()):
             session.pull()
+        hub.feed.lost()
+        self.spawn(hub.follows.reload_all())
         self.spawn(self._check_topology(hub))
 
     async def _check_topology(self, hub: Hub) -> None:
@@ -170,6 +193,8 @@ class Gateway(Service):
             self.log.warning("the streams are new ones, or were restored: every session starts again")
             sessions = list(hub.by_id.values())
             hub.change_topology(found)
+            await self._read_floors(hub)
+            hub.feed.anew()
             for session in sessions:
                 hub.close_socket(session, codes.RESTART, hub.bye(2000))
                 hub.end(session)

@@ -15,7 +15,7 @@ from tidings.wire import codes, frames
 from tidings.wire.codes import Close
 from tidings.wire.errors import BadFrame, BadPosition, BadSubject, NotAuthenticated, StoreUnavailable, StreamUnavailable
 from tidings.wire.frames import Ack, ClientFrame, Hello, Ping
-from tidings.wire.position import Position
+from tidings.wire.position import Place, Position
 from tidings.wire.subject import escape
 
 from .hub import Hub, new_id
@@ -195,7 +195,7 @@ class Door:
 
     async def _unread(self, session: Session) -> int | None:
         try:
-            return await self._hub.store.unread(session.user)
+            return await self._hub.inbox.unread(session.user)
         except StoreUnavailable:
             return None
 
@@ -212,7 +212,7 @@ class Door:
         if session.socket is not None:
             session.socket.dismiss(codes.REPLACED)
         if plan is None and since is not None and since.incarnation <= session.incarnation:
-            session.acknowledge_upto(since)
+            session.acknowledge_upto(Place(since, None))
         hub.attach(session, socket)
         pos = None if session.blind else str(session.window.cursor().floor)
         socket.send(
@@ -239,6 +239,8 @@ class Door:
             hub.spawn_for(session, self._opener.catch_up(session, plan.upto))
         else:
             session.go_live()
+        if session.lane is not None:
+            session.lane.resume()
 
 
 def _since(hello: Hello) -> Position | None:

@@ -9,7 +9,7 @@ import logging
 
 import orjson
 
-from tidings.stream.topology import Topology
+from tidings.stream.topology import BROADCAST_PART, Topology
 from tidings.wire.position import Position
 
 __all__ = ["Floors"]
@@ -18,11 +18,12 @@ log = logging.getLogger("tidings.gateway")
 
 
 class Floors:
-    """The highest floor heard of for each partition."""
+    """The highest floor heard of for each partition, and for the broadcasts."""
 
     def __init__(self, topology: Topology) -> None:
         self._topology = topology
-        self._floors = [Position(incarnation, 0) for incarnation in topology.incarnations]
+        parts = (*range(topology.partitions), BROADCAST_PART)
+        self._floors = {part: topology.beginning(part) for part in parts}
         self.outdated = False
         """Somebody knows of a newer log than ours."""
 
@@ -31,19 +32,20 @@ class Floors:
 
     def raise_to(self, partition: int, sequence: int) -> None:
         """A floor never falls: what was stored stays stored."""
-        floor = Position(self._topology.incarnations[partition], sequence)
+        floor = Position(self._topology.beginning(partition).incarnation, sequence)
         self._floors[partition] = max(floor, self._floors[partition])
 
     def heard(self, subject: bytes, reply: bytes, header: bytes | None, payload: bytes) -> None:
-        """An announcement: ``{"incarnations": [...], "floors": [...]}``, one number a partition."""
+        """An announcement: ``{"incarnations": [...], "floors": [...]}``, a number a partition, last the broadcasts'."""
         try:
             announced = orjson.loads(payload)
             pairs = list(zip(announced["incarnations"], announced["floors"], strict=True))
         except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
             log.warning("an announcement of inbox floors cannot be read: %s", error)
             return
-        for partition, (incarnation, sequence) in enumerate(pairs[: self._topology.partitions]):
-            if incarnation == self._topology.incarnations[partition]:
+        for partition, (incarnation, sequence) in zip(self._floors, pairs, strict=False):
+            ours = self._topology.beginning(partition).incarnation
+            if incarnation == ours:
                 self.raise_to(partition, sequence)
-            elif incarnation > self._topology.incarnations[partition]:
+            elif incarnation > ours:
                 self.outdated = True

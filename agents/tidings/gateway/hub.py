@@ -17,16 +17,19 @@ from typing import Any
 import orjson
 
 from tidings.runtime.settings import Settings
+from tidings.store.inbox import UserInbox
 from tidings.store.port import CursorUpdate, Holder, Store
 from tidings.stream import consumers
 from tidings.stream.connection import Connection
-from tidings.stream.topology import Topology
+from tidings.stream.topology import BROADCAST_PART, Topology
 from tidings.wire import codes, frames, subject
 from tidings.wire.codes import Close
 from tidings.wire.errors import StreamUnavailable
 from tidings.wire.position import Position
 
+from .feed import Feed
 from .floors import Floors
+from .follows import Follows
 from .recent import RecentIds
 from .session import Session, SessionState
 from .socket import Socket
@@ -63,10 +66,13 @@ class Hub:
         self.topology = topology
         self.spawn = spawn
         self.floors = Floors(topology)
+        self.inbox = UserInbox(store, lambda: self.floors[BROADCAST_PART])
         self.gateway = new_id(8)
         self.pull_prefix = subject.gateway_session(self.gateway, "")
         self.pull_expires_ns = int(settings.pull_expires_s * 1_000_000_000)
         self.recent = RecentIds()
+        self.feed = Feed(self)
+        self.follows = Follows(self)
         self.users: dict[str, list[Session]] = {}
         self.by_consumer: dict[bytes, Session] = {}
         self.by_id: dict[str, Session] = {}
@@ -110,6 +116,13 @@ class Hub:
         self.users.setdefault(user, []).append(session)
         self.by_id[session.id] = session
         return session
+
+    async def is_real_broadcast(self, position: Position) -> bool:
+        """Whether the stream of broadcasts has come as far as `position`."""
+        head = self.feed.head
+        if position.incarnation != head.incarnation or position <= head:
+            return position.incarnation <= head.incarnation
+        return position.sequence <= await consumers.last_sequence(self.connection, BROADCAST_PART)
 
     async def is_real(self, session: Session, position: Position) -> bool:
         """Whether the stream of the session's user has come as far as `position`."""
@@ -163,8 +176,13 @@ class Hub:
 
     def _on_status(self, where: bytes, header: bytes | None) -> None:
         words = where.decode().split(".")
-        session = self.by_id.get(words[2]) if len(words) == 4 else None
-        if session is not None and header is not None and words[3].isdigit():
+        if len(words) != 4 or header is None or not words[3].isdigit():
+            return
+        if words[2] == "feed":
+            self.feed.pull_ended(int(words[3]), *consumers.status_of(header))
+            return
+        session = self.by_id.get(words[2])
+        if session is not None:
             session.pull_ended(int(words[3]), *consumers.status_of(header))
 
     # What sessions ask of the hub
@@ -190,6 +208,8 @@ class Hub:
     async def _wait_for_reader(self, session: Session, socket: Socket) -> None:
         if await socket.drained(self.settings.write_stall_s):
             session.flush()
+            if session.lane is not None:
+                session.lane.wake()
         elif socket.open:
             log.info("session %s reads too slowly: closed", session.id)
             await socket.close(codes.TOO_SLOW)
@@ -277,6 +297,9 @@ class Hub:
         if session.socket is not socket:
             return
         session.socket = None
+        if session.lane is not None:
+            session.lane.leave()
+            session.lane.wake()
         self._presence(session, "disconnected")
         if session.state is not SessionState.LIVE:
             return
@@ -307,6 +330,9 @@ class Hub:
         self.broken.pop(session, None)
         self.moved.pop(session, None)
         self.room(session)
+        if session.lane is not None:
+            self.feed.remove(session.lane)
+            session.lane.wake()
         if keep_cursor and started and not session.blind:
             self._release(session)
 
@@ -333,7 +359,7 @@ class Hub:
 
     def update(self, session: Session, *, release: bool = False) -> CursorUpdate:
         holder = Holder(self.gateway, session.id)
-        return CursorUpdate(session.user, session.device, holder, session.window.cursor(), release)
+        return CursorUpdate(session.user, session.device, holder, session.cursor(), release)
 
     # To the other devices of a user
 

@@ -118,7 +118,7 @@ class Keeper:
         """Heartbeats, lingering and what the inbox part of a catch-up still waits for, four times a second."""
         hub = self._hub
         tick = min(0.25, hub.settings.heartbeat_s / 4, max(0.05, hub.settings.linger_s / 4))
-        owed = 0.0
+        owed = look_at = 0.0
         while True:
             await asyncio.sleep(tick)
             now = hub.now()
@@ -132,6 +132,9 @@ class Keeper:
                 self._heartbeat(hub.heartbeats.popleft())
             for session in list(hub.replaying):
                 session.repeat_replayed(now - hub.settings.ack_wait_s)
+            if now >= look_at:
+                look_at = now + hub.settings.ack_wait_s / 8
+                hub.feed.repeat_unacked(now - hub.settings.ack_wait_s)
 
     def _heartbeat(self, session: Session) -> None:
         """Ping who was silent since the last look, drop who was silent since the last ping."""
@@ -140,6 +143,10 @@ class Keeper:
             session.beating = False
             return
         self._hub.heartbeats.append(session)
+        if session.lane is not None and session.lane.moved:
+            # Once a round: a broadcast moves the cursors of all who follow it.
+            session.lane.moved = False
+            self._hub.cursor_moved(session)
         if socket.heard:
             socket.heard = False
         elif socket.pinged:
@@ -193,6 +200,7 @@ class Keeper:
             by_node: dict[str, Session] = {}
             for session in islice(hub.by_consumer.values(), 4 * hub.settings.consumer_starts):
                 by_node.setdefault(session.node, session)
+            await hub.feed.probe()
             verdicts = await asyncio.gather(*(self._node_lives(session) for session in by_node.values()))
             for node, lives in zip(by_node, verdicts, strict=True):
                 silent[node] = 0 if lives else silent.get(node, 0) + 1

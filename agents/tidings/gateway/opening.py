@@ -19,6 +19,7 @@ import asyncio
 import logging
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import orjson
 
@@ -35,34 +36,41 @@ from .window import Window
 __all__ = ["Opener", "Plan", "cursor_from_json", "cursor_to_json", "give_up"]
 
 _PAGE = 64
+_BEGINNING = Position(0, 0)
 
 log = logging.getLogger("tidings.gateway")
 
 
 def cursor_to_json(cursor: Cursor | None) -> bytes:
     """The answer to a claim."""
+    return orjson.dumps({"cursor": _told(cursor)})
+
+
+def _told(cursor: Cursor | None) -> dict[str, Any] | None:
     if cursor is None:
-        return b'{"cursor":null}'
-    return orjson.dumps(
-        {
-            "cursor": {
-                "floor": str(cursor.floor),
-                "acked": [str(position) for position in cursor.acked],
-                "attempts": {str(position): count for position, count in cursor.attempts.items()},
-            }
-        }
-    )
+        return None
+    return {
+        "floor": str(cursor.floor),
+        "acked": [str(position) for position in cursor.acked],
+        "attempts": {str(position): count for position, count in cursor.attempts.items()},
+        "broadcast": _told(cursor.broadcast),
+    }
 
 
 def cursor_from_json(answer: bytes) -> Cursor | None:
     """Read `cursor_to_json`'s text; raises `BadPosition` or `ValueError` for anything else."""
-    told = orjson.loads(answer)["cursor"]
+    return _heard(orjson.loads(answer)["cursor"])
+
+
+def _heard(told: dict[str, Any] | None) -> Cursor | None:
     if told is None:
         return None
     return Cursor(
         Position.parse(told["floor"]),
         frozenset(Position.parse(text) for text in told["acked"]),
         {Position.parse(text): int(count) for text, count in told["attempts"].items()},
+        # A gateway of an older version says nothing of it.
+        _heard(told.get("broadcast")),
     )
 
 
@@ -90,7 +98,7 @@ def give_up(hub: Hub, request: bytes) -> bytes:
     if session is None:
         return cursor_to_json(None)
     known = session.state is not SessionState.STARTING and not session.blind
-    cursor = session.window.cursor() if known else None
+    cursor = session.cursor() if known else None
     hub.replaced(session)
     return cursor_to_json(cursor)
 
@@ -126,15 +134,20 @@ class Opener:
         elif claimed.first:
             now = await consumers.last_sequence(hub.connection, session.partition)
             cursor = Cursor(max(floor, Position(session.incarnation, now)))
+        broadcast = cursor.broadcast
+        if broadcast is None:
+            # Of a device that is new here nothing was missed; of another one, what its user follows says from when.
+            broadcast = Cursor(hub.feed.done if claimed.first and not tells else _BEGINNING)
         real = await hub.is_real(session, cursor.floor)
         if not real:
             log.warning("the cursor of session %s is ahead of its stream: was it restored or recreated?", session.id)
             cursor = Cursor(floor)
         session.window = Window(cursor, window)
         start = max(cursor.floor, floor).sequence + 1
-        begins_behind, missed = await asyncio.gather(
+        begins_behind, missed, _ = await asyncio.gather(
             self._make_consumer(session, start),
             self._count_missed(session, cursor.floor, floor),
+            self._open_lane(session, broadcast),
         )
         if begins_behind >= start:
             # The floor was heard long ago: the stream has forgotten what lies above it, and the store has it.
@@ -189,6 +202,13 @@ class Opener:
             log.warning("session %s cannot catch up from the inbox: %s", session.id, error)
             self._hub.make_blind(session)
             return None
+
+    async def _open_lane(self, session: Session, cursor: Cursor) -> None:
+        try:
+            await self._hub.follows.open(session, cursor)
+        except StoreUnavailable as error:
+            log.warning("it is not known what the user of session %s follows: %s", session.id, error)
+            self._hub.make_blind(session)
 
     async def _make_consumer(self, session: Session, start: int | None) -> int:
         """From a sequence, or (None) from as far back as the overlap reaches; returns behind which it begins."""
@@ -266,4 +286,5 @@ def _raised(cursor: Cursor, floor: Position) -> Cursor:
         floor,
         frozenset(position for position in cursor.acked if position > floor),
         {position: count for position, count in cursor.attempts.items() if position > floor},
+        cursor.broadcast,
     )

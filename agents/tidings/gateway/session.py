@@ -19,18 +19,20 @@ import enum
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from tidings.store.port import Cursor
 from tidings.stream import consumers
 from tidings.stream.topology import notify_stream
 from tidings.wire import frames, subject
 from tidings.wire.errors import InvalidNotification
 from tidings.wire.notification import check
-from tidings.wire.position import Position
+from tidings.wire.position import BROADCAST, Place, Position
 
 from .socket import Socket
 from .window import Entry, Window
 
 if TYPE_CHECKING:
     from .hub import Hub
+    from .lane import Lane
 
 __all__ = ["Session", "SessionState"]
 
@@ -63,10 +65,12 @@ class Session:
         "hub",
         "id",
         "incarnation",
+        "lane",
         "live_stream",
         "node",
         "opening",
         "partition",
+        "place",
         "prefix",
         "socket",
         "start_at",
@@ -91,6 +95,10 @@ class Session:
         self.state = SessionState.STARTING
         self.socket: Socket | None = None
         self.window: Window
+        self.lane: Lane | None = None
+        """The broadcasts, of a user who follows something."""
+        self.place: Cursor | None = None
+        """Where the device was in the broadcasts when the user's subscriptions were first read; None before."""
         self.consumer = ""
         self.consumer_sequence = 0
         self.node = ""
@@ -291,6 +299,9 @@ class Session:
     def acknowledge(self, texts: Iterable[str]) -> None:
         """The device has these; what is not under way is ignored (it was acknowledged before)."""
         for text in texts:
+            if self.lane is not None and text.startswith(BROADCAST):
+                self.lane.acknowledge(text)
+                continue
             entry = self.window.ack(text)
             if entry is not None:
                 self.hub.delivered(self, entry)
@@ -299,14 +310,24 @@ class Session:
                 self._noted()
         self.hub.cursor_moved(self)
 
-    def acknowledge_upto(self, position: Position) -> None:
-        """The device has everything up to this one."""
-        if self.gap is not None and self.gap[1] is not None and position >= self.gap[1]:
+    def acknowledge_upto(self, upto: Place) -> None:
+        """The device has everything up to this place."""
+        if self.lane is not None and upto.broadcast is not None:
+            self.lane.acknowledge_upto(upto.broadcast)
+        if upto.personal is None:
+            return
+        if self.gap is not None and self.gap[1] is not None and upto.personal >= self.gap[1]:
             self._noted()
-        for entry in self.window.ack_upto(position):
+        for entry in self.window.ack_upto(upto.personal):
             self.hub.delivered(self, entry)
             self._settled(entry)
         self.hub.cursor_moved(self)
+
+    def cursor(self) -> Cursor:
+        """What is to be remembered of the device, in both planes."""
+        cursor = self.window.cursor()
+        cursor.broadcast = self.place if self.lane is None else self.lane.cursor()
+        return cursor
 
     def _noted(self) -> None:
         self.gap = None
@@ -314,6 +335,9 @@ class Session:
 
     def buried(self, text: str) -> None:
         """The dead letter is stored: the stream is told to send it no more."""
+        if self.lane is not None and text.startswith(BROADCAST):
+            self.lane.acknowledge(text)
+            return
         entry = self.window.ack(text)
         if entry is not None:
             self._settled(entry, b"+TERM")

@@ -24,7 +24,7 @@ from tidings.wire import codes
 from tidings.wire.codes import Close
 from tidings.wire.frames import SUBPROTOCOL, error
 
-__all__ = ["Socket"]
+__all__ = ["Socket", "encode"]
 
 _PING: Final = b"\x89\x00"
 _SMALL: Final = 126
@@ -55,6 +55,18 @@ class _Frames(WebSocketDataQueue):
             # It ends the conversation: whatever text follows in the same segment is not heard.
             self.handle = None
         super().feed_data(data, size)
+
+
+def encode(payload: bytes) -> bytes:
+    """A text frame (RFC 6455, section 5.2; a server does not mask)."""
+    size = len(payload)
+    if size < _SMALL:
+        head = bytes((0x81, size))
+    elif size < _MEDIUM:
+        head = struct.pack("!BBH", 0x81, 126, size)
+    else:
+        head = struct.pack("!BBQ", 0x81, 127, size)
+    return head + payload
 
 
 class _Response(web.WebSocketResponse):
@@ -145,19 +157,17 @@ class Socket:
         return self.stalled or (self._transport is not None and self._transport.get_write_buffer_size() > self._limit)
 
     def send(self, payload: bytes) -> None:
-        """Write one text frame (RFC 6455, section 5.2; a server does not mask). Lost when the socket is gone."""
+        """Write one text frame. Lost when the socket is gone."""
         transport = self._transport
         # uvloop's transports raise once they are closed, where asyncio's say nothing.
         if transport is None or self._closing or transport.is_closing():
             return
-        size = len(payload)
-        if size < _SMALL:
-            head = bytes((0x81, size))
-        elif size < _MEDIUM:
-            head = struct.pack("!BBH", 0x81, 126, size)
-        else:
-            head = struct.pack("!BBQ", 0x81, 127, size)
-        transport.write(head + payload)
+        transport.write(encode(payload))
+
+    def send_encoded(self, frame: bytes) -> None:
+        """Write what `encode` made: one frame for many sockets."""
+        if self._transport is not None and not self._closing and not self._transport.is_closing():
+            self._transport.write(frame)
 
     def ping(self) -> None:
         if self._transport is not None and self.open:

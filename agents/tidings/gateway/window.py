@@ -55,6 +55,11 @@ class Window:
     def room(self) -> int:
         return max(0, self.size - len(self.under_way))
 
+    @property
+    def full(self) -> bool:
+        """There is no room, for whoever asks this for every broadcast and every device."""
+        return len(self.under_way) >= self.size
+
     def offer(
         self, text: str, position: Position, body: bytes, reply: bytes | None, stored_ns: int | None = None
     ) -> Entry | None:

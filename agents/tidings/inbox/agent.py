@@ -1,6 +1,7 @@
 """The inbox agent.
 
-Reads: every partition of the personal plane, through the shared durable consumer ``inbox``.
+Reads: every partition of the personal plane, through the shared durable consumer ``inbox``; and broadcasts (see
+`tidings.inbox.broadcasts`).
 Writes: rows to the store; dead letters to ``DEAD``; inbox floors (core NATS), once a second.
 Acks when: the row is durable in the store, or the body is durable as a dead letter.
 Crash costs: nothing. What was written and not acknowledged is redelivered, here or to another inbox agent, and
@@ -12,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Final, NamedTuple
 
 import orjson
@@ -24,7 +25,7 @@ from tidings.store.port import InboxRow, Store
 from tidings.stream import consumers, topology
 from tidings.stream.connection import Connection, connect
 from tidings.stream.consumers import Delivery
-from tidings.stream.topology import INBOX, Topology, notify_stream
+from tidings.stream.topology import BROADCAST_PART, INBOX, Topology, notify_stream
 from tidings.wire import subject
 from tidings.wire.errors import (
     BadSubject,
@@ -36,6 +37,8 @@ from tidings.wire.errors import (
 )
 from tidings.wire.notification import check
 from tidings.wire.position import Position
+
+from .broadcasts import BroadcastWriter
 
 __all__ = ["InboxAgent"]
 
@@ -80,6 +83,7 @@ class InboxAgent(Service):
         self._id = secrets.token_hex(4)
         self._connection: Connection
         self._topology: Topology
+        self._broadcasts: BroadcastWriter
         self._rows: list[InboxRow] = []
         self._replies: list[bytes] = []
         """Where each row's message is acknowledged."""
@@ -100,6 +104,10 @@ class InboxAgent(Service):
         partitions = self._topology.partitions
         self._pull_size = max(8, 4 * self._settings.inbox_batch // partitions)
         self._pull_left, self._pulls = [0] * partitions, [0] * partitions
+        self._broadcasts = BroadcastWriter(
+            self._id, connection, self._store, lambda: self._topology.broadcast, self.spawn
+        )
+        await self._broadcasts.listen()
         await connection.listen(subject.inbox_pull(self._id, "*", "*"), self._receive)
         await connection.listen(subject.INBOX_FLOOR, self._heard_floors)
         await connection.flush()
@@ -131,6 +139,7 @@ class InboxAgent(Service):
         self._resumed.set()
         for partition in range(self._topology.partitions):
             self._pull(partition)
+        self._broadcasts.pull()
 
     # Messages in
 
@@ -290,21 +299,23 @@ class InboxAgent(Service):
                     self.log.debug("no floors are announced: %s", error)
             # A pull that was refused (no consumer yet, a leader that moves) is tried again here.
             self._pull_where_none()
+            self._broadcasts.pull_where_none()
             await asyncio.sleep(interval * (1 + 0.1 * secrets.randbelow(5)))
 
     async def _announce(self) -> None:
-        partitions = range(self._topology.partitions)
-        incarnations = self._topology.incarnations
-        floors = await asyncio.gather(*(consumers.inbox_floor(self._connection, number) for number in partitions))
-        if incarnations != self._topology.incarnations:
+        found = self._topology
+        parts = (*range(found.partitions), BROADCAST_PART)
+        floors = await asyncio.gather(*(consumers.inbox_floor(self._connection, part) for part in parts))
+        if found is not self._topology:
             return
+        incarnations = [found.beginning(part).incarnation for part in parts]
         body = {"agent": self._id, "incarnations": incarnations, "floors": floors}
         self._connection.send(subject.INBOX_FLOOR, orjson.dumps(body))
-        await self._note(list(map(Position, incarnations, floors)))
+        await self._note(dict(zip(parts, map(Position, incarnations, floors), strict=True)))
 
-    async def _note(self, floors: Sequence[Position]) -> None:
+    async def _note(self, floors: Mapping[int, Position]) -> None:
         """Keep the floors in the store as well, by which a log that lost its end is recognised."""
-        moved = {number: at for number, at in enumerate(floors) if at > self._noted.get(number, _NOWHERE)}
+        moved = {part: at for part, at in floors.items() if at > self._noted.get(part, _NOWHERE)}
         if not moved:
             return
         try:
