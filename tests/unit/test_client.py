@@ -49,6 +49,10 @@ async def connected(gateway: FakeGateway, *, welcome: dict[str, Any] | None = No
         await client.close()
 
 
+def broadcast(number: int) -> str:
+    return f"b{at(number)[1:]}"
+
+
 async def take(client: Client, count: int) -> list[Notification]:
     """So many notifications; with `auto_ack` the last one stays unacknowledged."""
     taken: list[Notification] = []
@@ -436,12 +440,12 @@ async def test_nonsense_is_no_reason_to_end(gateway: FakeGateway, nonsense: str)
 
 
 async def test_more_than_the_window(gateway: FakeGateway) -> None:
-    """A gateway that sends more than twice the window is left; what waits here already is kept."""
+    """A gateway that sends more than twice the window of each plane is left; what waits here already is kept."""
     async with connected(gateway, welcome={"window": 2}) as (client, peer):
-        await peer.push(*(item(number) for number in range(1, 6)))
+        await peer.push(*(item(number) for number in range(1, 10)))
         assert await peer.gone() == 1008
         await gateway.welcomed(window=2)
-        assert [n.id for n in await take(client, 4)] == ["n1", "n2", "n3", "n4"]
+        assert [n.id for n in await take(client, 8)] == [f"n{number}" for number in range(1, 9)]
 
 
 async def test_nobody_there(gateway: FakeGateway, caplog: pytest.LogCaptureFixture) -> None:
@@ -544,6 +548,41 @@ async def test_a_gap_is_acknowledged_after_its_callback(gateway: FakeGateway) ->
         await peer.expect("ack", upto=at(50))
         assert pages[0][0] == 1234
         assert client.position == at(50)
+
+
+async def test_gaps_of_both_planes(gateway: FakeGateway) -> None:
+    """Two that come while the callback is busy with the first are both announced, and each acknowledged."""
+    told: list[int | None] = []
+    go_on = asyncio.Event()
+
+    async def on_gap(missed: int | None) -> None:
+        told.append(missed)
+        await go_on.wait()
+
+    async with connected(gateway, on_gap=on_gap) as (client, peer):
+        await peer.send({"t": "gap", "missed": 1, "pos": at(40)})
+        await in_step(client, peer)
+        await peer.send({"t": "gap", "missed": 2, "pos": at(50)}, {"t": "gap", "missed": 3, "pos": broadcast(7)})
+        await in_step(client, peer)
+        go_on.set()
+        acknowledged: set[str] = set()
+        while not {at(50), broadcast(7)} <= acknowledged:
+            acknowledged.add((await peer.expect("ack"))["upto"])
+        assert sorted(filter(None, told)) == [1, 2, 3]
+        assert client.position == at(50)
+
+
+async def test_upto_is_of_one_plane(gateway: FakeGateway) -> None:
+    """A position of a broadcast acknowledges broadcasts, and the other way round."""
+    async with connected(gateway, auto_ack=False) as (client, peer):
+        await peer.push(item(1), {**item(2), "pos": broadcast(1)}, {**item(3), "pos": broadcast(2)}, item(4))
+        await take(client, 4)
+        await client.ack_upto(broadcast(2))
+        await peer.expect("ack", upto=broadcast(2))
+        assert client.position == at(0)
+        await client.ack_upto(at(4))
+        await peer.expect("ack", upto=at(4))
+        assert client.position == at(4)
 
 
 async def test_a_gap_whose_callback_gets_no_answer(gateway: FakeGateway) -> None:

@@ -58,16 +58,16 @@ def test_memory_of_what_is_never_acknowledged_is_bounded() -> None:
     for number in range(1, 100):
         assert deliveries.arrived(notification(number)) is Arrival.NEW
         deliveries.take(held=False)
-    assert len(deliveries._open) == 8 + 2 * 2
+    assert len(deliveries._open) == 8 + 4 * 2
     assert deliveries.arrived(notification(99)) is Arrival.NEW
 
 
 def test_the_queue_is_bounded_by_the_largest_window() -> None:
-    """Twice the window fits, though a later connection has a smaller one."""
+    """Twice the window of each plane fits, though a later connection has a smaller one."""
     deliveries = begun(window=2)
     deliveries.begin(1, at(0))
-    arrivals = [deliveries.arrived(notification(number)) for number in range(1, 7)]
-    assert arrivals == [Arrival.NEW] * 4 + [Arrival.OVERFLOW] * 2
+    arrivals = [deliveries.arrived(notification(number)) for number in range(1, 11)]
+    assert arrivals == [Arrival.NEW] * 8 + [Arrival.OVERFLOW] * 2
 
 
 @pytest.mark.parametrize("held", [True, False])

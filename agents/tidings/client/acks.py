@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from tidings.wire.errors import ConnectionLost
-from tidings.wire.position import Position
+from tidings.wire.position import Plane, Position, plane_of
 
 from .link import Link
 
@@ -24,8 +24,8 @@ class Acks:
 
     def __init__(self) -> None:
         self._positions: dict[str, None] = {}
-        self._upto: Position | None = None
-        self._noted: tuple[Link, str] | None = None
+        self._upto: dict[Plane, Position] = {}
+        self._noted: dict[Plane, tuple[Link, str]] = {}
         self._due = asyncio.Event()
 
     def add(self, positions: Iterable[str]) -> None:
@@ -33,9 +33,9 @@ class Acks:
         self._positions.update(dict.fromkeys(positions))
         self._due.set()
 
-    def upto(self, position: Position) -> None:
-        """All up to this one are."""
-        self._upto = position if self._upto is None else max(position, self._upto)
+    def upto(self, plane: Plane, position: Position) -> None:
+        """All of this plane up to this one are."""
+        self._upto[plane] = max(position, self._upto.get(plane, position))
         self._due.set()
 
     def noted(self, link: Link, position: str) -> None:
@@ -43,7 +43,7 @@ class Acks:
 
         Only there: on a later one the same position may cover what is pushed to the client and not handled yet.
         """
-        self._noted = (link, position)
+        self._noted[plane_of(position)] = (link, position)
         self._due.set()
 
     async def keep_writing(self, link: Link) -> None:
@@ -60,11 +60,12 @@ class Acks:
         """Write what is due now; raises `ConnectionLost`."""
         self._due.clear()
         positions, self._positions = list(self._positions), {}
-        upto, self._upto = self._upto, None
-        noted, self._noted = self._noted, None
+        upto, self._upto = self._upto, {}
+        noted, self._noted = self._noted, {}
         for start in range(0, len(positions), _ACKS_A_FRAME):
             await link.send({"t": "ack", "pos": positions[start : start + _ACKS_A_FRAME]})
-        if upto is not None:
-            await link.send({"t": "ack", "upto": str(upto)})
-        if noted is not None and noted[0] is link:
-            await link.send({"t": "ack", "upto": noted[1]})
+        for plane, position in upto.items():
+            await link.send({"t": "ack", "upto": position.text(plane)})
+        for where, gap in noted.values():
+            if where is link:
+                await link.send({"t": "ack", "upto": gap})

@@ -11,6 +11,7 @@ from typing import Final, Literal, NamedTuple
 
 from tidings.wire.errors import ConnectionLost, RequestRefused
 from tidings.wire.frames import MarkAs
+from tidings.wire.position import Plane
 
 __all__ = ["Callbacks", "CountCallback", "GapCallback", "Marked", "StateCallback"]
 
@@ -30,7 +31,7 @@ class _Gap(NamedTuple):
 
 
 class Callbacks:
-    """Holds the newest count, the newest gap and the last 256 marks until their callback is free to take them.
+    """Holds the newest count, each plane's newest gap and the last 256 marks until their callback is free to take them.
 
     A callback that asks the gateway and gets no answer (`ConnectionLost`), or is told to ask later (`RequestRefused`
     with `retry`), is forgiven: a gap is then announced again on the next connection. Any other exception comes out
@@ -41,19 +42,19 @@ class Callbacks:
         self, on_gap: GapCallback | None, on_count: CountCallback | None, on_state: StateCallback | None
     ) -> None:
         self._on_gap, self._on_count, self._on_state = on_gap, on_count, on_state
-        self._gap: _Gap | None = None
+        self._gaps: dict[str | None, _Gap] = {}
         self._unread: int | None = None
         self._states: deque[tuple[Marked, MarkAs]] = deque()
         self._due = asyncio.Event()
 
-    def gap(self, missed: int | None, noted: Callable[[], None]) -> None:
-        """More was missed than is pushed; `noted` is called when the application has taken note."""
+    def gap(self, missed: int | None, plane: Plane | None, noted: Callable[[], None]) -> None:
+        """More of a plane was missed than is pushed; `noted` is called when the application has taken note."""
         if self._on_gap is None:
             number = "an unknown number of" if missed is None else missed
             log.warning("%s notifications were missed and are not pushed: page the inbox", number)
             noted()
         else:
-            self._gap = _Gap(missed, noted)
+            self._gaps[plane] = _Gap(missed, noted)
             self._due.set()
 
     def count(self, unread: int) -> None:
@@ -78,9 +79,10 @@ class Callbacks:
         while True:
             await self._due.wait()
             self._due.clear()
-            gap, self._gap = self._gap, None
-            if gap is not None and await _tell(self._on_gap, gap.missed):
-                gap.noted()
+            gaps, self._gaps = self._gaps, {}
+            for gap in gaps.values():
+                if await _tell(self._on_gap, gap.missed):
+                    gap.noted()
             while self._states:
                 await _tell(self._on_state, *self._states.popleft())
             unread, self._unread = self._unread, None

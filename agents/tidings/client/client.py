@@ -45,7 +45,7 @@ from tidings.runtime.backoff import Backoff
 from tidings.wire import codes
 from tidings.wire.errors import BadSettings, ConnectionLost
 from tidings.wire.frames import Filter, MarkAs
-from tidings.wire.position import Position
+from tidings.wire.position import Position, parse
 
 from .callbacks import Callbacks, CountCallback, GapCallback, StateCallback
 from .connection import Connection, TokenSource
@@ -242,10 +242,12 @@ class Client:
         self._acknowledge(notification)
 
     async def ack_upto(self, position: str) -> None:
-        """The application has everything up to this position. Raises `BadPosition` for what is none."""
-        upto = Position.parse(position)
-        self._deliveries.acknowledge_upto(upto)
-        self._connection.acks.upto(upto)
+        """The application has everything up to this position, of its plane: broadcasts have a `pos` that begins with
+        ``b``, and an order of their own. Raises `BadPosition` for what is none.
+        """
+        plane, upto = parse(position)
+        self._deliveries.acknowledge_upto(plane, upto)
+        self._connection.acks.upto(plane, upto)
 
     def _acknowledge(self, notification: Notification) -> None:
         self._connection.acks.add(self._deliveries.acknowledge(notification))

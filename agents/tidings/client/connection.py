@@ -13,6 +13,7 @@ import aiohttp
 from tidings.runtime.backoff import Backoff
 from tidings.wire import codes
 from tidings.wire.errors import ConnectionLost
+from tidings.wire.position import plane_of
 
 from .acks import Acks
 from .callbacks import Callbacks
@@ -187,7 +188,7 @@ class Connection:
         if position is None:
             # The gateway does not know where the gap ends: there is nothing to acknowledge.
             progress.suspend()
-            self._callbacks.gap(missed, lambda: None)
+            self._callbacks.gap(missed, None, lambda: None)
             return
         progress.received(position)
 
@@ -196,7 +197,7 @@ class Connection:
                 progress.settle(position)
                 self.acks.noted(link, position)
 
-        self._callbacks.gap(missed, noted)
+        self._callbacks.gap(missed, plane_of(position), noted)
 
     def _disconnected(self) -> None:
         self.link = None

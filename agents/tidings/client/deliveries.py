@@ -27,7 +27,7 @@ from collections import OrderedDict, deque
 from typing import Final
 
 from tidings.wire.errors import BadPosition
-from tidings.wire.position import Position
+from tidings.wire.position import PERSONAL, Plane, Position, parse
 
 from .models import Notification
 from .progress import Progress
@@ -78,11 +78,11 @@ class Deliveries:
     def begin(self, window: int, cursor: str | None) -> None:
         """A connection was welcomed.
 
-        A gateway keeps at most `window` notifications unacknowledged. Those it gives up on (dead letters) make
-        room there while they still wait here: twice the window is ordinary, more is not.
+        A gateway keeps at most `window` notifications of each plane unacknowledged. Those it gives up on (dead letters)
+        make room there while they still wait here: twice the window of two planes is ordinary, more is not.
         """
         self._connection += 1
-        self._limit = max(self._limit, 2 * window)
+        self._limit = max(self._limit, 4 * window)
         self.progress.begin(cursor)
 
     def arrived(self, notification: Notification) -> Arrival:
@@ -130,15 +130,16 @@ class Deliveries:
         self._remember(notification.id)
         return list(positions)
 
-    def acknowledge_upto(self, upto: Position) -> None:
-        """The application has everything up to this position."""
+    def acknowledge_upto(self, plane: Plane, upto: Position) -> None:
+        """The application has everything of a plane up to this position."""
         for id, entry in list(self._open.items()):
-            for text in [text for text in entry.positions if _within(text, upto)]:
+            for text in [text for text in entry.positions if _within(text, plane, upto)]:
                 del entry.positions[text]
             if not entry.positions:
                 del self._open[id]
                 self._remember(id)
-        self.progress.settle_upto(upto)
+        if plane == PERSONAL:
+            self.progress.settle_upto(upto)
 
     def release(self, notification: Notification) -> None:
         """The handler failed or was abandoned: the gateway's next attempt is delivered."""
@@ -160,8 +161,9 @@ class Deliveries:
                 del self._open[oldest]
 
 
-def _within(text: str, upto: Position) -> bool:
+def _within(text: str, plane: Plane, upto: Position) -> bool:
     try:
-        return Position.parse(text) <= upto
+        where, position = parse(text)
     except BadPosition:
         return False
+    return where == plane and position <= upto

@@ -80,7 +80,7 @@ class Progress:
 
 
 def _parsed(text: str | None) -> Position | None:
-    """None for a position of a plane that this version does not know: it is not followed."""
+    """None for a broadcast's: those have an order of their own, which the gateway keeps."""
     try:
         return None if text is None else Position.parse(text)
     except BadPosition:
