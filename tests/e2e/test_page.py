@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
+import shutil
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -40,6 +42,15 @@ class Card:
 
     async def has_unread(self, count: str) -> None:
         await expect(self.part("badge")).to_have_text(count)
+
+    async def follow(self, topic: str) -> None:
+        """As typed; returns at once."""
+        await self.part("topic-input").fill(topic)
+        await self.part("follow").click()
+
+    async def follows(self, *topics: str) -> None:
+        """Wait until it shows exactly these."""
+        await expect(self.part("topics").locator("li > span")).to_have_text(topics)
 
     async def ids(self) -> list[str]:
         found: list[str] = await self.items.evaluate_all("items => items.map((item) => item.dataset.id)")
@@ -152,8 +163,127 @@ async def test_the_same_from_a_terminal(mesh: Dev, tmp_path: Path) -> None:
         shown = await page.get_by_test_id("cmd-tidings").text_content()
         assert shown is not None
         program, *words = shlex.split(shown)
-        assert program == "tidings"
+        assert shutil.which(program), "it is found wherever it is typed"
         ran = await answer(*words, cwd=tmp_path)
         assert ran.process.returncode == 0, ran.lines
         await expect(phone.items).to_contain_text('it\'s "quoted" {{.ID}} $HOME')
         assert "Nats-Msg-Id:alice/" in (await page.get_by_test_id("cmd-nats").text_content() or "")
+
+
+async def publish_topic(page: Page, topic: str, id: str) -> None:
+    """By the page's form."""
+    await page.get_by_test_id("to-topic").check()
+    await page.get_by_test_id("pub-topic").fill(topic)
+    await publish(page, f"to {topic}", id)
+
+
+async def test_follow(mesh: Dev) -> None:
+    """What one device follows the user's others show, and get; a subtree too; what is unfollowed comes no more."""
+    async with open_page(mesh.url) as page:
+        phone, laptop, bob = await cards(page)
+        await phone.follow("post.42")
+        await bob.follow("post.>")
+        await bob.follows("post.>")
+        for card in (phone, laptop):
+            await card.follows("post.42")
+        await publish_topic(page, "post.42", "exact")
+        for card in (phone, laptop, bob):
+            await expect(card.items).to_have_attribute("data-id", "exact")
+            await expect(card.items).to_have_attribute("data-acked", "true")
+            await expect(card.items.locator(".topic")).to_have_text("post.42")
+        for name in ("alice·phone", "alice·laptop", "bob·phone"):
+            await expect(page.get_by_test_id("pub-result")).to_contain_text(name)
+        await publish_topic(page, "post.42.likes", "below")
+        await expect(bob.items).to_have_count(2)
+        await laptop.part("unfollow").click()
+        for card in (phone, laptop):
+            await card.follows()
+        await publish_topic(page, "post.42", "later")
+        await expect(bob.items).to_have_count(3)
+        for card in (phone, laptop):
+            assert await card.ids() == ["exact"]
+
+
+async def test_followed_elsewhere(mesh: Dev) -> None:
+    """What another device changes is shown to who comes back to the page, or online."""
+    async with open_page(mesh.url) as page, mesh.device("alice", "tablet") as tablet:
+        phone, laptop, bob = await cards(page)
+        await tablet.ask("sub", topics=["post.42", "<b>.>"])
+        await page.evaluate("dispatchEvent(new Event('focus'))")
+        for card in (phone, laptop):
+            await card.follows("<b>.>", "post.42")
+        await phone.part("switch").uncheck()
+        await expect(phone.part("follow")).to_be_disabled()
+        await tablet.ask("unsub", topics=["<b>.>"])
+        await phone.part("switch").check()
+        await phone.follows("post.42")
+        await bob.follows()
+        await bob.part("user-input").fill("alice")
+        await bob.part("user-input").press("Enter")
+        await bob.follows("post.42")
+
+
+async def test_topics_refused(mesh: Dev) -> None:
+    """What cannot be followed is said by message and code, until something else is typed."""
+    async with open_page(mesh.url) as page:
+        phone, _, _ = await cards(page)
+        error = phone.part("topic-error")
+        for topic, said in (
+            ("post..42", "has an empty level: give names with single dots between them, such as post.42 (bad_topic)"),
+            ("post.*", "only a subscription may end in `.>` (bad_topic)"),
+            ("x" * 201, "(topic_too_long)"),
+            ("user.bob.likes", "'user.bob.likes' is not open to this user (not_allowed)"),
+        ):
+            await phone.follow(topic)
+            await expect(error).to_contain_text(said)
+        await phone.part("topic-input").fill("post.42")
+        await expect(error).to_be_hidden()
+        await phone.follows()
+
+
+async def test_crowd(mesh: Dev) -> None:
+    """A crowd comes once, gets what is published together with the devices on the page, and goes again."""
+    async with open_page(mesh.url) as page:
+        phone, laptop, bob = await cards(page)
+        await phone.follow("post.42")
+        await laptop.follows("post.42")
+        said = page.get_by_test_id("crowd-result")
+        await expect(page.get_by_test_id("crowd")).to_be_hidden()
+        await page.get_by_test_id("to-topic").check()
+        for change in ("2,000 more", "nobody new"):
+            await page.get_by_test_id("crowd-gather").click()
+            await expect(said).to_contain_text(f"2,001 users follow post.42 now: {change}, in ")
+        await page.get_by_test_id("pub-id").fill("famous")
+        await page.get_by_test_id("crowd-publish").click()
+        for card in (phone, laptop):
+            await expect(card.items).to_have_attribute("data-id", "famous")
+        result = page.get_by_test_id("pub-result")
+        await expect(result).to_contain_text(re.compile(r"Stored in \d+ ms: TOPICS"))
+        for name in ("alice·phone", "alice·laptop"):
+            await expect(result).to_contain_text(re.compile(rf"{name} \d+ ms"))
+        async with mesh.device("crowd-2000") as member:
+            await in_inbox(member, "famous")
+        await expect(bob.items).to_have_count(0)
+        await page.get_by_test_id("crowd-remove").click()
+        await expect(said).to_contain_text("1 user follows post.42 now: 2,000 fewer, in ")
+        await expect(page.get_by_test_id("crowd-publish")).to_be_hidden()
+        await page.get_by_test_id("pub-topic").fill("post.43")
+        await expect(said).to_be_empty()
+
+
+async def test_the_same_topic_from_a_terminal(mesh: Dev, tmp_path: Path) -> None:
+    """The command line publishes to the topic of the form, and the other one names its escaped subject."""
+    async with open_page(mesh.url) as page:
+        phone, laptop, _ = await cards(page)
+        await phone.follow("fête.4 2")
+        await laptop.follows("fête.4 2")
+        await page.get_by_test_id("to-topic").check()
+        await page.get_by_test_id("pub-topic").fill("fête.4 2")
+        shown = await page.get_by_test_id("cmd-tidings").text_content()
+        assert shown is not None
+        ran = await answer(*shlex.split(shown)[1:], cwd=tmp_path)
+        assert ran.process.returncode == 0, ran.lines
+        await expect(phone.items.locator(".topic")).to_have_text("fête.4 2")
+        nats = await page.get_by_test_id("cmd-nats").text_content() or ""
+        assert "nats pub --jetstream notify.topic.f%C3%AAte.4%202 " in nats
+        assert "Nats-Msg-Id:notify.topic.f%C3%AAte.4%202/" in nats

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import signal
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
@@ -41,7 +43,9 @@ async def test_says_where_to_look(tmp_path: Path) -> None:
             async with mesh.http.get(mesh.url + path) as response:
                 assert response.status == 200, path
         async with mesh.http.get(f"{mesh.url}/dev/info") as response:
-            assert await response.json() == {
+            info = await response.json()
+            assert shutil.which(info.pop("program")), "what the page says can be typed"
+            assert info == {
                 "nats_url": mesh.nats,
                 "version": __version__,
                 "ack_wait_s": 30,
@@ -221,12 +225,16 @@ async def test_page_is_served(tmp_path: Path) -> None:
                 assert response.status == 404, path
 
 
-@pytest.mark.parametrize("what", ["token", "publish"])
+@pytest.mark.parametrize("what", ["token", "publish", "crowd"])
 async def test_calls_of_other_pages_are_refused(what: str, tmp_path: Path) -> None:
     """Neither another origin, nor a rebound name, nor a form gets a token."""
     async with dev(tmp_path / "state") as mesh:
         port = mesh.url.rpartition(":")[2]
-        body = {"user": "alice"} if what == "token" else {"user": "alice", "type": "t"}
+        body = {
+            "token": {"user": "alice"},
+            "publish": {"user": "alice", "type": "t"},
+            "crowd": {"topic": "post.42", "followers": 1},
+        }[what]
         for headers, expected in (
             ({"Host": f"evil.example:{port}"}, 403),
             ({"Host": f"127.0.0.1.evil.example:{port}"}, 403),
@@ -262,6 +270,26 @@ async def test_bad_requests(tmp_path: Path) -> None:
             ("publish", {"user": "alice", "type": 1}, 400),
             ("publish", {"user": "alice", "type": "t", "id": ""}, 400),
             ("publish", {"user": "alice", "type": "t", "data": "x" * 20_000}, 400),
+            ("publish", {"type": "t"}, 400),
+            ("publish", {"user": "alice", "topic": "post.42", "type": "t"}, 400),
+            ("publish", {"topic": 42, "type": "t"}, 400),
+            ("publish", {"topic": "post..42", "type": "t"}, 400),
+            ("publish", {"topic": "post.>", "type": "t"}, 400),
+            ("publish", {"topic": "x" * 201, "type": "t"}, 400),
+            ("crowd", b"{", 400),
+            ("crowd", {}, 400),
+            ("crowd", {"followers": 10}, 400),
+            ("crowd", {"topic": ""}, 400),
+            ("crowd", {"topic": "post.>"}, 400),
+            ("crowd", {"topic": "post..42", "followers": 0}, 400),
+            ("crowd", {"topic": "post.42", "followers": -1}, 400),
+            ("crowd", {"topic": "post.42", "followers": 10_001}, 400),
+            ("crowd", {"topic": "post.42", "followers": 1.5}, 400),
+            ("crowd", {"topic": "post.42", "followers": True}, 400),
+            ("crowd", {"topic": "post.42", "followers": "2000"}, 400),
+            ("crowd", {"topic": "post.42", "followers": None}, 400),
+            ("crowd", {"topic": "post.42", "most": 1}, 400),
+            ("crowd", {"topic": "user.alice.likes"}, 403),
         ):
             status, said = await mesh.post(what, body)
             assert status == expected, (what, body, said)
@@ -278,3 +306,30 @@ async def test_publish_says_what_was_stored(tmp_path: Path) -> None:
         assert first["stream"].startswith("NOTIFY_")
         status, again = await mesh.post("publish", body)
         assert (status, again) == (200, {**first, "duplicate": True})
+
+
+async def test_crowd(tmp_path: Path) -> None:
+    """A crowd comes once, shrinks, goes again, leaves other followers alone, and gets what is published."""
+    async with dev(tmp_path / "state") as mesh, mesh.device("alice") as alice:
+        for topics in (["post.>"], ["post.42"]):
+            assert (await alice.ask("sub", topics=topics))["t"] == "ok"
+
+        async def gather(**asked: Any) -> tuple[int, ...]:
+            status, said = await mesh.post("crowd", {"topic": "post.42", **asked})
+            assert status == 200, said
+            assert said.pop("topic") == "post.42"
+            return tuple(said[name] for name in ("followers", "crowd", "added", "removed"))
+
+        assert await gather() == (2001, 2000, 2000, 0)
+        assert await gather() == (2001, 2000, 0, 0)
+        assert await gather(followers=120) == (121, 120, 0, 1880)
+        at_once = await asyncio.gather(gather(followers=200), gather(followers=200))
+        assert sorted(at_once) == [(201, 200, 0, 0), (201, 200, 80, 0)]
+        status, said = await mesh.post("publish", {"topic": "post.42", "type": "test.made", "id": "one"})
+        assert (status, said["stream"]) == (200, "TOPICS")
+        await alice.expect("one")
+        async with mesh.device("crowd-200") as member:
+            await in_inbox(member, "one")
+        assert await gather(followers=0) == (1, 0, 0, 200)
+        assert await gather(followers=0) == (1, 0, 0, 0)
+        assert (await alice.ask("subs"))["topics"] == ["post.42", "post.>"]

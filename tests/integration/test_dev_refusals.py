@@ -50,6 +50,17 @@ async def test_port_in_use(option: str, tmp_path: Path) -> None:
     assert f"another with {option}" in sentence
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0"])
+async def test_one_port_for_both(host: str, tmp_path: Path) -> None:
+    """The same port twice: the sentence names both options, and nothing was started or made."""
+    with taken_port() as port:
+        pass
+    sentence = await refusal(tmp_path / "state", "--host", host, "--port", str(port), "--nats-port", str(port))
+    assert f"cannot both have port {port}" in sentence
+    assert "--port and --nats-port" in sentence
+    assert not (tmp_path / "state").exists()
+
+
 async def test_foreign_host(tmp_path: Path) -> None:
     """An address that is not this machine's is named."""
     assert "192.0.2.1" in await refusal(tmp_path / "state", "--host", "192.0.2.1")

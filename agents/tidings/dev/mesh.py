@@ -32,10 +32,14 @@ from tidings.stream.connection import ApiError, Connection, connect
 from tidings.stream.server import NatsServer
 from tidings.wire.errors import StartFailed, StoreUnavailable, StreamUnavailable, TopologyMismatch
 
+from .crowd import Crowd
 from .routes import Routes
 from .state import StateFolder
 
 __all__ = ["DevMesh", "embedded"]
+
+_WHERE_NATS_IS: Final = ("127.0.0.1", "0.0.0.0")
+"""Who listens there has a port that NATS cannot have."""
 
 _DRAIN_S: Final = 0.7
 _AGENTS_STOP_S: Final = 1.0
@@ -86,7 +90,7 @@ class DevMesh(Service):
         return f"http://{f'[{host}]' if ':' in host else host}:{self._gateway.port}"
 
     async def _start(self) -> None:
-        _check_port(self.settings.host, self.settings.port)
+        _check_port(self.settings.host, self.settings.port, self._nats_port)
         self.folder.open(fresh=self._fresh)
         key = self.folder.key()
         self._nats = NatsServer(self.folder.nats, port=self._nats_port, partitions=self.folder.marker.partitions)
@@ -110,8 +114,9 @@ class DevMesh(Service):
     async def _apply(self, connection: Connection) -> None:
         changes = await topology.plan(connection, self.settings)
         made = [change.body["name"] for change in changes if change.request.startswith("STREAM.CREATE.")]
-        # A state folder of before there were topics has no stream for them yet.
-        lost = [name for name in made if name != topology.TOPICS]
+        # A state folder of before there were topics, or broadcasts, has no streams for them yet.
+        later = (topology.TOPICS, topology.DECISIONS, topology.BROADCAST)
+        lost = [name for name in made if name not in later]
         if self.folder.marker.streams_made and lost:
             raise TopologyMismatch(f"missing {', '.join(lost)}")
         await topology.apply(connection, self.settings)
@@ -174,7 +179,7 @@ class DevMesh(Service):
         await self._inbox.start()
         self._fanout = FanoutAgent(self.settings, store)
         await self._fanout.start()
-        routes = Routes(self.settings)
+        routes = Routes(self.settings, Crowd(self.settings, store))
         self._gateway = Gateway(self.settings, store, routes=routes.add_to)
         self._publisher = routes.publisher = Publisher(self.settings.nats_url)
         await self._publisher.open()
@@ -238,7 +243,7 @@ def embedded(
     )
 
 
-def _check_port(host: str, port: int) -> None:
+def _check_port(host: str, port: int, nats_port: int) -> None:
     """Fail before anything is started; the gateway finds the same out later, after much that is then stopped again."""
     try:
         found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -246,6 +251,11 @@ def _check_port(host: str, port: int) -> None:
         raise StartFailed(
             f"no address is known for the host {host!r}: {error.strerror}. Choose another --host"
         ) from None
+    if port and port == nats_port and any(address[0] in _WHERE_NATS_IS for *_, address in found):
+        raise StartFailed(
+            f"the page and NATS cannot both have port {port}: give --port and --nats-port different numbers "
+            "(0 for any free one)"
+        )
     for family, kind, protocol, _, address in found:
         with socket.socket(family, kind, protocol) as trial:
             trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

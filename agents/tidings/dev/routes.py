@@ -1,4 +1,4 @@
-"""What a development mesh serves beside the WebSocket: the page, and three calls that the page makes.
+"""What a development mesh serves beside the WebSocket: the page, and four calls that the page makes.
 
 ``POST /dev/token`` hands out tokens, so that a browser needs no account here. It must therefore never answer
 a page of somebody else's that is open in the same browser:
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import shlex
 from collections.abc import Awaitable, Callable
 from importlib import resources
 from typing import Any, Final
@@ -25,7 +26,11 @@ import tidings
 from tidings.publish.publisher import Publisher
 from tidings.runtime import tokens
 from tidings.runtime.settings import Settings
-from tidings.wire.errors import PublishUnconfirmed, StreamUnavailable, TidingsError
+from tidings.wire.errors import PublishUnconfirmed, StoreUnavailable, StreamUnavailable, TidingsError
+from tidings.wire.topic import check_topic
+
+from .crowd import MAX_CROWD, Crowd
+from .program import program
 
 __all__ = ["Routes"]
 
@@ -52,7 +57,8 @@ _PAGE_HEADERS: Final = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cache-Control": "no-cache",
 }
-_TRY_LATER: Final = (StreamUnavailable, PublishUnconfirmed)
+_TRY_LATER: Final = (StreamUnavailable, StoreUnavailable, PublishUnconfirmed)
+_CROWD: Final = 2000
 
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -69,8 +75,9 @@ class _Refused(Exception):
 class Routes:
     """Routes for the gateway's HTTP server. `publisher` is given when there is one, before the server listens."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, crowd: Crowd) -> None:
         self._settings = settings
+        self._crowd = crowd
         self._files = _page_files()
         self.publisher: Publisher | None = None
 
@@ -83,6 +90,7 @@ class Routes:
                 web.get("/dev/info", self._guarded(self._info)),
                 web.post("/dev/token", self._guarded(self._token)),
                 web.post("/dev/publish", self._guarded(self._publish)),
+                web.post("/dev/crowd", self._guarded(self._gather)),
             ]
         )
 
@@ -135,6 +143,7 @@ class Routes:
         return _answer(
             {
                 "nats_url": settings.nats_url,
+                "program": shlex.join(program()),
                 "version": tidings.__version__,
                 "ack_wait_s": settings.ack_wait_s,
                 "linger_s": settings.linger_s,
@@ -149,12 +158,17 @@ class Routes:
         return _answer({"token": tokens.issue(self._settings.token_key, user, device)})
 
     async def _publish(self, request: web.Request) -> web.Response:
-        asked = await _body(request, required=("user", "type"), optional=("data", "id"))
-        user, kind = _text(asked, "user"), _text(asked, "type")
+        asked = await _body(request, required=("type",), optional=("user", "topic", "data", "id"))
+        if ("user" in asked) == ("topic" in asked):
+            raise _Refused(400, "bad_request", "give either `user` or `topic`: whom the notification is for")
+        kind, data = _text(asked, "type"), asked.get("data")
         id_ = None if asked.get("id") is None else _text(asked, "id")
         if self.publisher is None:
             raise _Refused(503, "starting", "this mesh is not ready yet")
-        published = await self.publisher.publish(user, type=kind, data=asked.get("data"), id=id_)
+        if "user" in asked:
+            published = await self.publisher.publish(_text(asked, "user"), type=kind, data=data, id=id_)
+        else:
+            published = await self.publisher.publish_topic(_text(asked, "topic"), type=kind, data=data, id=id_)
         return _answer(
             {
                 "id": published.id,
@@ -163,6 +177,15 @@ class Routes:
                 "duplicate": published.duplicate,
             }
         )
+
+    async def _gather(self, request: web.Request) -> web.Response:
+        asked = await _body(request, required=("topic",), optional=("followers",))
+        topic, size = check_topic(_text(asked, "topic")), asked.get("followers", _CROWD)
+        if type(size) is not int or not 0 <= size <= MAX_CROWD:
+            raise _Refused(400, "bad_request", f"`followers` must be an integer from 0 to {MAX_CROWD}")
+        if size and not self._crowd.may_follow(topic):
+            raise _Refused(403, "not_allowed", f"{topic!r} is not open to a crowd")
+        return _answer({"topic": topic, **(await self._crowd.gather(topic, size))._asdict()})
 
 
 async def _body(request: web.Request, *, required: tuple[str, ...], optional: tuple[str, ...]) -> dict[str, Any]:

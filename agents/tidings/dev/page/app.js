@@ -15,11 +15,13 @@ const DEVICES = [
 
 const publisher = new Publisher(document.querySelector(".panel"));
 const settings = load();
-const hooks = { changed, arrived: (id, name) => publisher.arrived(id, name) };
+const hooks = { changed, followed, arrived: (id, name) => publisher.arrived(id, name) };
 const cards = settings.map((device, index) => new Card(index, device, hooks));
 document.getElementById("cards").append(...cards.map((card) => card.root));
 renderUsers();
 introduce();
+// Whoever comes back to the page may have followed something elsewhere.
+addEventListener("focus", () => cards.forEach((card) => card.askTopics()));
 
 function load() {
   let stored = [];
@@ -38,6 +40,11 @@ function changed() {
     // It is only a convenience.
   }
   renderUsers();
+}
+
+/** Topics are the user's: all devices show what one has changed. */
+function followed(user) {
+  for (const card of cards) if (card.settings.user === user) card.askTopics();
 }
 
 function renderUsers() {

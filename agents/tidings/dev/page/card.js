@@ -1,6 +1,7 @@
 /** One device on the page: its connection, its switches, its badge and its notifications. */
 import { List } from "./list.js";
 import { TidingsSocket } from "./socket.js";
+import { Topics } from "./topics.js";
 import { api, byTestId, clock, cut, element, info, stamp } from "./util.js";
 
 const WINDOW = 64;
@@ -13,6 +14,7 @@ const TAKEN_OVER = 4409;
 
 export class Card {
   #list;
+  #topics;
   #socket = null;
   #changed;
   #arrived;
@@ -27,9 +29,9 @@ export class Card {
   /**
    * @param {number} index
    * @param {{user: string, device: string, on: boolean, autoAck: boolean}} settings changed in place
-   * @param {{changed: () => void, arrived: (id: string, name: string) => void}} hooks
+   * @param {{changed: () => void, arrived: (id: string, name: string) => void, followed: (user: string) => void}} hooks
    */
-  constructor(index, settings, { changed, arrived }) {
+  constructor(index, settings, { changed, arrived, followed }) {
     this.settings = settings;
     this.#changed = changed;
     this.#arrived = arrived;
@@ -40,8 +42,14 @@ export class Card {
       (action, row) => this.#act(action, row),
       () => ({ online: this.#online, autoAck: this.settings.autoAck }),
     );
+    this.#topics = new Topics(this.#part("follows"), () => followed(this.settings.user));
     this.#wire();
     this.#connect();
+  }
+
+  /** What the user follows may have changed. */
+  askTopics() {
+    this.#topics.ask();
   }
 
   get #online() {
@@ -122,6 +130,7 @@ export class Card {
     listen("gap", (detail) => this.#gap(detail));
     listen("problem", ({ message }) => this.#setNote("link", message));
     listen("frame", (detail) => this.#log(detail));
+    this.#topics.use(socket, user);
     this.#renderStatus({ status: "offline" });
     this.#renderBadge(null);
     if (on) socket.open();
@@ -133,6 +142,7 @@ export class Card {
     this.#gapAt = null;
     this.#setNote("gap", null);
     this.#refresh();
+    this.#topics.ask();
   }
 
   /** From here on what comes is news. */
@@ -273,6 +283,7 @@ export class Card {
     this.#renderEnd(status, code, reason);
     if (!this.#online) this.#setNote("inbox", null);
     this.#list.render();
+    this.#topics.render();
     this.#renderFoot();
   }
 

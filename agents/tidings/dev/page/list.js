@@ -22,6 +22,9 @@ export class Row {
     time.textContent = Number.isNaN(moment.valueOf()) ? "" : clock(moment);
     time.title = n.time ?? "";
     this.element.querySelector(".type").textContent = n.type;
+    const topic = this.element.querySelector(".topic");
+    topic.textContent = topic.title = n.topic ?? "";
+    topic.hidden = !n.topic;
     const words = this.element.querySelector(".words");
     words.textContent = words.title = summary(n);
     this.element.addEventListener("click", ({ target }) => this.#clicked(target, act));

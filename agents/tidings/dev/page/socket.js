@@ -154,6 +154,20 @@ export class TidingsSocket extends EventTarget {
     return unread;
   }
 
+  /** To a topic, or to a subtree as `post.42.>`; answered when it is in force. */
+  subscribe(...topics) {
+    return this.#request({ t: "sub", topics });
+  }
+
+  unsubscribe(...topics) {
+    return this.#request({ t: "unsub", topics });
+  }
+
+  /** What the user has subscribed to: {topics, next}. `next` is the `after` of the following page, null at the end. */
+  subscriptions({ after = null, limit = 500 } = {}) {
+    return this.#request({ t: "subs", limit, ...(after === null ? {} : { after }) });
+  }
+
   // Connection
 
   async #connect() {

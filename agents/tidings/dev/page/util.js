@@ -2,7 +2,7 @@
 import { TidingsError } from "./socket.js";
 
 /** What the server says of itself; `/dev/info` replaces these. */
-export const info = { nats_url: "nats://127.0.0.1:4222", version: "", ack_wait_s: 30 };
+export const info = { nats_url: "nats://127.0.0.1:4222", program: "tidings", version: "", ack_wait_s: 30 };
 
 export const byTestId = (root, name) => root.querySelector(`[data-testid="${name}"]`);
 
