@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any, Final, NamedTuple
 
-__all__ = ["FIGURES", "Figure", "summary", "table"]
+__all__ = ["PERSONAL", "TOPICS", "Figure", "summary", "table"]
 
 
 class Figure(NamedTuple):
@@ -38,7 +38,7 @@ def _load(kind: str, text: str, *, gateway: float | None, total: float | None, p
     yield Figure(f"{kind}_max_ms", f"{text}: publish to device, slowest", "ms", 1)
 
 
-FIGURES: Final[tuple[Figure, ...]] = (
+PERSONAL: Final[tuple[Figure, ...]] = (
     Figure("gateway_kb_per_device", "Memory of a connected, idle device in the gateway", "KB", 1, 18.0),
     Figure("nats_kb_per_device", "Memory of a connected, idle device in nats-server", "KB", 1),
     Figure("gateway_kb_per_device_after_load", "The same in the gateway, after the loads below", "KB", 1),
@@ -58,15 +58,46 @@ FIGURES: Final[tuple[Figure, ...]] = (
 )
 
 
-def summary(runs: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+TOPICS: Final[tuple[Figure, ...]] = (
+    Figure("broadcast_gateway_us", "Broadcast, not acknowledged: CPU of the gateway", "µs a delivery", 1, 14.0),
+    Figure("bare_us", "A bare write of the same frame to as many sockets", "µs a write", 1),
+    Figure("broadcast_ratio", "A delivery by the bare write", "times", 2),
+    Figure("broadcast_last_p50_ms", "Broadcast, not acknowledged: publish to the last device, median", "ms"),
+    Figure("broadcast_last_max_ms", "Broadcast, not acknowledged: publish to the last device, slowest", "ms"),
+    Figure("upto_gateway_us", "All of these acknowledged at once: CPU of the gateway", "µs a device", 1),
+    Figure("acked_gateway_us", "Broadcast, each acknowledged at once: CPU of the gateway", "µs a delivery", 1),
+    Figure("acked_last_p50_ms", "Broadcast, each acknowledged at once: publish to the last device, median", "ms"),
+    Figure("acked_last_max_ms", "Broadcast, each acknowledged at once: publish to the last device, slowest", "ms"),
+    Figure("before_p50_ms", "Personal notifications without broadcasts: publish to device, p50", "ms", 1),
+    Figure("during_p50_ms", "Personal notifications during broadcasts: publish to device, p50", "ms", 1),
+    Figure("before_p99_ms", "Personal notifications without broadcasts: publish to device, p99", "ms", 1),
+    Figure("during_p99_ms", "Personal notifications during broadcasts: publish to device, p99", "ms", 1),
+    Figure("irrelevant_gateway_us", "A broadcast that nobody here follows: CPU of the gateway", "µs a broadcast"),
+    Figure("fresh_gateway_us", "The same, the first one to its topic", "µs a broadcast"),
+    Figure("copies_p50_ms", "Copies to all subscribers: publish to the last one stored, median", "ms", 0, 150.0),
+    Figure("copies_max_ms", "Copies to all subscribers: publish to the last one stored, slowest", "ms"),
+    Figure("copies_fanout_us", "Copies to all subscribers: CPU of the fan-out agent", "µs a copy"),
+    Figure("copies_nats_us", "Copies to all subscribers: CPU of nats-server", "µs a copy"),
+    Figure("copies_inbox_us", "Copies to all subscribers: CPU of the inbox agent", "µs a copy"),
+    Figure("single_p50_ms", "One subscriber: publish to the copy stored, median", "ms", 2),
+    Figure("single_decision_ms", "One subscriber: of that after the decision was stored, median", "ms", 2),
+    Figure("single_fanout_us", "One subscriber: CPU of the fan-out agent", "µs a message"),
+    Figure("broadcast_client_us", "Broadcast, not acknowledged: CPU of the load client", "µs a delivery", 1),
+    Figure("acked_client_us", "Broadcast, each acknowledged at once: CPU of the load client", "µs a delivery", 1),
+    Figure("broadcast_others_percent", "Broadcast: what others had of the servers' core", "% of a core", 1),
+)
+
+
+def summary(runs: Sequence[Mapping[str, float]], wanted: Sequence[Figure]) -> dict[str, Any]:
     """Every figure over all repeats, with its unit and, where there is one, its goal."""
     figures: dict[str, Any] = {}
-    for figure in FIGURES:
+    for figure in wanted:
         values = [run[figure.key] for run in runs]
         middle = median(values)
         figures[figure.key] = {
             "text": figure.text,
             "unit": figure.unit,
+            "digits": figure.digits,
             "median": round(middle, 3),
             "min": round(min(values), 3),
             "max": round(max(values), 3),
@@ -79,9 +110,8 @@ def summary(runs: Sequence[Mapping[str, float]]) -> dict[str, Any]:
 def table(figures: Mapping[str, Any]) -> str:
     """The figures as a Markdown table."""
     lines = ["| what | median | min to max | unit | goal |", "|---|---:|---:|---|---|"]
-    for figure in FIGURES:
-        found = figures[figure.key]
-        middle, least, most = (f"{found[name]:,.{figure.digits}f}" for name in ("median", "min", "max"))
+    for found in figures.values():
+        middle, least, most = (f"{found[name]:,.{found['digits']}f}" for name in ("median", "min", "max"))
         goal = "" if found["goal"] is None else f"≤ {found['goal']:g}: {'met' if found['met'] else '**missed**'}"
-        lines.append(f"| {figure.text} | {middle} | {least} to {most} | {figure.unit} | {goal} |")
+        lines.append(f"| {found['text']} | {middle} | {least} to {most} | {found['unit']} | {goal} |")
     return "\n".join(lines)

@@ -1,4 +1,5 @@
-"""The system under test: nats-server, one gateway and one inbox agent, each a process, as an operator starts them.
+"""The system under test: nats-server, one gateway, one inbox agent and, for topics, one fan-out agent, each a process,
+as an operator starts them.
 
 Everything lives in a folder of its own and on ports of its own, and is gone afterwards. The load's processes are
 started here too, on the other cores.
@@ -15,32 +16,42 @@ import signal
 import sys
 import time
 from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 from tidings.runtime.settings import ENVIRONMENT_PREFIX, Settings
+from tidings.store.factory import open_store_url
 from tidings.stream import topology
 from tidings.stream.connection import Connection, connect
 from tidings.stream.server import NatsServer
+from tidings.wire.position import Position
 
 from .publisher import Order
 from .system import Memory, cpu_s, idle_s, memory, on_cores
 from .waiting import until
 
-__all__ = ["EVERYWHERE", "SERVERS", "BenchFailed", "Cores", "Mesh", "Worker", "pick_cores", "running_mesh"]
+__all__ = ["EVERYWHERE", "BenchFailed", "Cores", "Followers", "Mesh", "Worker", "pick_cores", "running_mesh"]
 
-SERVERS: Final = ("nats-server", "gateway", "inbox")
 _START_S: Final = 60.0
 _STOP_S: Final = 30.0
 _ANSWER_S: Final = 900.0
 _SETTLE_S: Final = 15.0
 _PAGE: Final = 256
 _LINE_BYTES: Final = 2**24
-_SAYS_READY: Final = {"gateway": r"listens on \S*:(\d+)", "inbox": r"reads (\d+) partitions"}
+_AT_ONCE: Final = 500
+_SAYS_READY: Final = {
+    "gateway": r"listens on \S*:(\d+)",
+    "inbox": r"reads (\d+) partitions",
+    "fanout": r"reads (TOPICS)",
+}
+
+Followers = Mapping[str, Iterable[str]]
+"""By topic: the users who have subscribed to it."""
 
 
 class BenchFailed(Exception):
@@ -56,6 +67,9 @@ class Cores:
 
 
 EVERYWHERE: Final = Cores(frozenset(), frozenset())
+_NONE: Final[Followers] = {}
+_ALWAYS: Final = Position(0, 0)
+"""Before everything of every stream."""
 
 
 class Worker:
@@ -63,6 +77,7 @@ class Worker:
 
     def __init__(self, process: Process) -> None:
         self._process = process
+        self._turn = asyncio.Lock()
 
     @property
     def pid(self) -> int:
@@ -72,11 +87,12 @@ class Worker:
         """Give an order and wait for its answer."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps({"do": do, **arguments}).encode() + b"\n")
-        async with asyncio.timeout(_ANSWER_S):
-            line = await self._process.stdout.readline()
+        async with self._turn:
+            self._process.stdin.write(json.dumps({"do": do, **arguments}).encode() + b"\n")
+            async with asyncio.timeout(_ANSWER_S):
+                line = await self._process.stdout.readline()
         if not line:
-            raise BenchFailed(f"the load client ended with {await self._process.wait()} when told to {do}")
+            raise BenchFailed(f"a process of the load ended with {await self._process.wait()} when told to {do}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -96,25 +112,59 @@ class Mesh:
         self._cores = cores
         self._agents: dict[str, Process] = {}
         self._exit = AsyncExitStack()
-        self._connection: Connection
         self._runs = 0
+        self._port = 0
+        self.connection: Connection
+        """To nats-server, for the benchmark's own questions."""
         self.load: Worker
         """The load client."""
 
-    async def start(self, profiled: str | None) -> None:
-        """Start the agents and the load client, in that order. `profiled` names an agent to run under a profiler."""
-        self._connection = await connect(self._settings, "bench")
-        self._exit.push_async_callback(self._connection.close)
-        await topology.apply(self._connection, self._settings)
+    async def start(self, profiled: str | None, followers: Followers) -> None:
+        """Start the agents and the load client, in that order. `profiled` names an agent to run under a profiler.
+
+        There is a fan-out agent where somebody follows something.
+        """
+        self.connection = await connect(self._settings, "bench")
+        self._exit.push_async_callback(self.connection.close)
+        await topology.apply(self.connection, self._settings)
+        if followers:
+            await self._subscribe(followers)
+            await self._start_agent("fanout", profiled)
         await self._start_agent("inbox", profiled)
-        port = int(await self._start_agent("gateway", profiled))
-        with on_cores(self._cores.load):
+        self._port = int(await self._start_agent("gateway", profiled))
+        self.load = await self.start_load()
+
+    async def _subscribe(self, followers: Followers) -> None:
+        """Put subscriptions into the store, which nobody has open yet."""
+        store = open_store_url(self._settings.store_url)
+        await store.open()
+        try:
+            for topic, users in followers.items():
+                waiting = iter(users)
+                while some := list(islice(waiting, _AT_ONCE)):
+                    await asyncio.gather(*(store.subscribe(user, [topic], 1, _ALWAYS) for user in some))
+        finally:
+            await store.close()
+
+    async def start_load(self) -> Worker:
+        """Start a load client: a fleet of devices of its own."""
+        worker = await self.start_worker("load", self._cores.load)
+        await worker.ask("setup", port=self._port, key=self._settings.token_key)
+        return worker
+
+    async def start_bare(self) -> Worker:
+        """Start the yardstick, where the servers are; see `bench.bare`."""
+        return await self.start_worker("bare", self._cores.servers)
+
+    async def start_worker(self, module: str, cores: frozenset[int]) -> Worker:
+        """Start a module of the benchmark that obeys orders."""
+        with on_cores(cores):
             process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "bench.load", stdin=PIPE, stdout=PIPE, limit=_LINE_BYTES
+                sys.executable, "-m", f"bench.{module}", stdin=PIPE, stdout=PIPE, limit=_LINE_BYTES
             )
-        self.load = Worker(process)
-        self._exit.push_async_callback(self.load.stop)
-        await self.load.ask("setup", port=port, key=self._settings.token_key)
+        worker = Worker(process)
+        self._exit.push_async_callback(worker.stop)
+        return worker
 
     async def _start_agent(self, name: str, profiled: str | None) -> str:
         environment = {key: text for key, text in os.environ.items() if not key.startswith(ENVIRONMENT_PREFIX)}
@@ -162,10 +212,15 @@ class Mesh:
             raise BenchFailed(f"nats-server died during the benchmark: its log is {self._nats.log_file}")
         return self._nats.pid
 
+    @property
+    def servers(self) -> tuple[str, ...]:
+        """What is measured."""
+        return ("nats-server", *self._agents)
+
     def cpu(self) -> dict[str, float]:
         """CPU seconds so far of each server."""
         try:
-            return {name: cpu_s(self._pid(name)) for name in SERVERS}
+            return {name: cpu_s(self._pid(name)) for name in self.servers}
         except FileNotFoundError:
             raise BenchFailed("a server died during the benchmark") from None
 
@@ -180,13 +235,36 @@ class Mesh:
 
     def memory(self) -> dict[str, Memory]:
         """Memory of each server now."""
-        return {name: memory(self._pid(name)) for name in SERVERS}
+        return {name: memory(self._pid(name)) for name in self.servers}
 
-    async def publish(self, *, count: int, rate: float, users: range, size: int, message_id: bool) -> dict[str, Any]:
+    async def publish(
+        self,
+        *,
+        count: int,
+        rate: float,
+        users: range,
+        size: int,
+        message_id: bool,
+        to: Worker | None = None,
+    ) -> dict[str, Any]:
         """Publish from a process of its own, having told the load client what to expect; returns its report."""
+        run = self._next_run()
+        await (to or self.load).ask("expect", run=run, count=count)
+        return await self._publish(Order(self._nats.port, run, count, rate, users.start, len(users), size, message_id))
+
+    async def publish_to(
+        self, where: str, *, count: int, rate: float, size: int, devices: int, acking: bool
+    ) -> dict[str, Any]:
+        """The same to one subject, whose messages come to the load client's first `devices` devices."""
+        run = self._next_run()
+        await self.load.ask("expect_shared", run=run, count=count, devices=devices, acking=acking)
+        return await self._publish(Order(self._nats.port, run, count, rate, 0, 1, size, True, where))
+
+    def _next_run(self) -> int:
         self._runs += 1
-        order = Order(self._nats.port, self._runs, count, rate, users.start, len(users), size, message_id)
-        await self.load.ask("expect", run=self._runs, count=count)
+        return self._runs
+
+    async def _publish(self, order: Order) -> dict[str, Any]:
         with on_cores(self._cores.load):
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "bench.publisher", stdin=PIPE, stdout=PIPE
@@ -212,11 +290,12 @@ class Mesh:
 
     async def _owed(self) -> int:
         owed = 0
-        for number in range(self._settings.partitions):
+        streams = map(topology.notify_stream, (*range(self._settings.partitions), topology.BROADCAST_PART))
+        for stream in (*streams, topology.TOPICS):
             offset, total = 0, 1
             while offset < total:
-                request = f"CONSUMER.LIST.{topology.notify_stream(number)}"
-                answer = await self._connection.api(request, {"offset": offset})
+                request = f"CONSUMER.LIST.{stream}"
+                answer = await self.connection.api(request, {"offset": offset})
                 owed += sum(item["num_pending"] + item["num_ack_pending"] for item in answer["consumers"])
                 offset, total = offset + _PAGE, answer["total"]
         return owed
@@ -235,9 +314,14 @@ async def _end(process: Process) -> None:
 
 @asynccontextmanager
 async def running_mesh(
-    partitions: int, cores: Cores, *, profiled: str | None = None, devices: int = 0
+    partitions: int,
+    cores: Cores,
+    *,
+    profiled: str | None = None,
+    devices: int = 0,
+    followers: Followers = _NONE,
 ) -> AsyncIterator[Mesh]:
-    """A mesh with nothing in it yet; `devices` is how many are going to connect."""
+    """A mesh with nothing in it yet but who follows what; `devices` is how many are going to connect."""
     with TemporaryDirectory(prefix="tidings-bench-") as path:
         folder = Path(path)
         nats = NatsServer(folder / "nats", partitions=partitions)
@@ -257,7 +341,7 @@ async def running_mesh(
         )
         mesh = Mesh(folder, nats, settings, cores)
         try:
-            await mesh.start(profiled)
+            await mesh.start(profiled, followers)
             yield mesh
         finally:
             await mesh.stop()

@@ -20,12 +20,12 @@ from typing import Any, Final, cast
 import orjson
 import uvloop
 
-from bench.publisher import user_of
+from bench.publisher import EVERYBODY, user_of
 from bench.waiting import until
 from tidings.runtime.tokens import issue
 from tidings.wire.frames import SUBPROTOCOL
 
-__all__ = ["Device", "Fleet", "client_frame"]
+__all__ = ["Device", "Fleet", "Shared", "client_frame"]
 
 _TEXT: Final = 0x81
 _CLOSE: Final = 0x88
@@ -52,10 +52,47 @@ def client_frame(payload: bytes, first: int = _TEXT) -> bytes:
     return bytes((first, 0xFE)) + size.to_bytes(2, "big") + b"\0\0\0\0" + payload
 
 
+class Shared:
+    """What came of a run of broadcasts: every one of them is for each of the first so many devices."""
+
+    def __init__(self, run: int, count: int, devices: int) -> None:
+        self.run = run
+        self.received = self.duplicates = self.misled = 0
+        self._devices = devices
+        self._got = bytearray(count * devices)
+        self._last = array("q", bytes(8 * count))
+        """By a broadcast's number: how long after it was published it came last."""
+
+    def came(self, number: int, device: int, took_ns: int) -> None:
+        """One broadcast has come to one device."""
+        if device >= self._devices:
+            self.misled += 1
+            return
+        at = number * self._devices + device
+        if self._got[at]:
+            self.duplicates += 1
+            return
+        self._got[at] = 1
+        self.received += 1
+        self._last[number] = max(self._last[number], took_ns)
+
+    def missing(self, doubtful: set[int]) -> int:
+        """How many deliveries are still to come; none is due of what may not have been stored."""
+        if self.received >= len(self._got):
+            return 0
+        size = self._devices
+        whole = (number for number in range(len(self._last)) if number not in doubtful)
+        return sum(size - self._got.count(1, number * size, (number + 1) * size) for number in whole)
+
+    def last_ms(self) -> list[float]:
+        """Of each broadcast that came at all."""
+        return [took / 1e6 for took in self._last if took]
+
+
 class Device(asyncio.Protocol):
     """One connected device."""
 
-    __slots__ = ("_fleet", "_number", "_rest", "_shaken", "ended", "problem", "transport", "welcomed")
+    __slots__ = ("_fleet", "_number", "_rest", "_shaken", "ended", "newest", "problem", "transport", "welcomed")
 
     def __init__(self, fleet: Fleet, number: int) -> None:
         self._fleet = fleet
@@ -63,6 +100,8 @@ class Device(asyncio.Protocol):
         self._rest = b""
         self._shaken = False
         self.transport: asyncio.Transport
+        self.newest = ""
+        """The position that came last, while nothing is acknowledged."""
         self.problem = ""
         loop = asyncio.get_running_loop()
         self.welcomed: asyncio.Future[bool] | None = loop.create_future()
@@ -116,7 +155,9 @@ class Device(asyncio.Protocol):
             at = end
         if at < size:
             self._rest = data[at:]
-        if positions:
+        if positions and not self._fleet.acking:
+            self.newest = positions[-1]
+        elif positions:
             self.transport.write(client_frame(b'{"t":"ack","pos":["%b"]}' % '","'.join(positions).encode()))
 
     def _shake_hands(self, head: bytes) -> None:
@@ -132,6 +173,13 @@ class Device(asyncio.Protocol):
         for item in items:
             positions.append(item["pos"])
             data = item["n"]["data"]
+            if data["device"] == EVERYBODY:
+                fleet.repeated += item["try"] > 1
+                if data["run"] == fleet.shared.run:
+                    fleet.shared.came(data["number"], self._number, now - data["ns"])
+                else:
+                    fleet.strays += 1
+                continue
             if data["run"] != fleet.run:
                 fleet.strays += 1
                 continue
@@ -168,8 +216,12 @@ class Fleet:
 
     def __init__(self) -> None:
         self.devices: dict[int, Device] = {}
+        self.listening: list[asyncio.BaseTransport] = []
         self.hellos: dict[int, bytes] = {}
         self.run = -1
+        self.shared = Shared(-1, 0, 0)
+        self.acking = True
+        """Whether what comes is acknowledged at once."""
         self.copies = bytearray()
         """By a notification's number: how often it came."""
         self.latencies = array("q")
@@ -251,6 +303,53 @@ class Fleet:
         gc.disable()
         return {}
 
+    async def expect_shared(self, run: int, count: int, devices: int, acking: bool) -> dict[str, Any]:
+        """The same for broadcasts, each to the first `devices` devices."""
+        self.shared, self.acking = Shared(run, count, devices), acking
+        self.strays = self.repeated = self.gaps = self.dropped = 0
+        gc.disable()
+        return {}
+
+    async def collect_shared(self, not_stored: list[int], timeout_s: float) -> dict[str, Any]:
+        """As `collect`, for broadcasts."""
+        shared, doubtful = self.shared, set(not_stored)
+        await until(lambda: not shared.missing(doubtful), timeout_s, 0.05)
+        gc.enable()
+        return {
+            "received": shared.received,
+            "lost": shared.missing(doubtful),
+            "duplicates": shared.duplicates,
+            "repeated": self.repeated,
+            "misled": shared.misled,
+            "strays": self.strays,
+            "gaps": self.gaps,
+            "dropped": self.dropped,
+            "last_ms": shared.last_ms(),
+            "cpu_s": _own_cpu_s(),
+        }
+
+    async def acknowledge(self) -> dict[str, Any]:
+        """Every device acknowledges all that it has, in one frame."""
+        told = 0
+        for device in self.devices.values():
+            if device.newest:
+                device.transport.write(client_frame(b'{"t":"ack","upto":"%b"}' % device.newest.encode()))
+                device.newest = ""
+                told += 1
+        return {"told": told, "cpu_s": _own_cpu_s()}
+
+    async def listen(self, port: int, count: int) -> dict[str, Any]:
+        """Connect to something that is no gateway, and read whatever it writes."""
+        loop = asyncio.get_running_loop()
+
+        async def one(_: int) -> None:
+            transport, _protocol = await loop.create_connection(asyncio.Protocol, "127.0.0.1", port)
+            self.listening.append(transport)
+
+        await _side_by_side(range(count), 64, one)
+        gc.freeze()
+        return {"connected": count}
+
     async def collect(self, not_stored: list[int], timeout_s: float) -> dict[str, Any]:
         """Wait until every stored notification has come, or the time is over; then say what came."""
         doubtful = set(not_stored)
@@ -305,6 +404,10 @@ async def _main() -> None:
         "leave": fleet.leave,
         "expect": fleet.expect,
         "collect": fleet.collect,
+        "expect_shared": fleet.expect_shared,
+        "collect_shared": fleet.collect_shared,
+        "acknowledge": fleet.acknowledge,
+        "listen": fleet.listen,
     }
     reader = asyncio.StreamReader(limit=2**24)
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)

