@@ -137,7 +137,8 @@ async def test_hand_over_replayed_at_every_await(mesh: Mesh, stop_at: str) -> No
 
     Whatever the order, each notification comes once, in order.
     """
-    async with inside(mesh, linger_s=0) as (store, _, phone):
+    # Another agent's process starts meanwhile, which takes its time: that is no store that is down.
+    async with inside(mesh, linger_s=0, store_timeout_s=30) as (store, _, phone):
         inbox = await mesh.inbox()
         await phone.connect()
         await phone.expect(*await mesh.publish("alice"))
