@@ -42,7 +42,7 @@ _PULL_AGAIN_S: Final = 1.0
 _RECENT: Final = 4096
 _RECENT_BYTES: Final = 32 * 1024 * 1024
 _PATTERNS: Final = 10_000
-"""Patterns whose followers are known: those of the topics that were broadcast last."""
+"""Patterns whose followers are listed: those of the followed topics that were broadcast last."""
 
 log = logging.getLogger("tidings.gateway")
 
@@ -80,6 +80,8 @@ class Feed:
         self.unacked: dict[Lane, float] = {}
         """Lanes with something under way, and some whose last was acknowledged a while ago. Nothing that is under way
         was sent before that time (seconds, by the loop's clock): until it is due, nobody looks at a lane."""
+        self._followed: dict[str, int] = {}
+        """By pattern: how many lanes follow it. Most topics that are broadcast nobody here follows."""
         self._followers: dict[str, dict[Lane, Position]] = {}
         """By pattern: who follows it, and behind which position that began."""
         self._queue: deque[Shared] = deque()
@@ -254,7 +256,8 @@ class Feed:
     def _receivers(self, shared: Shared) -> Iterator[Lane]:
         """Who follows it at this moment, each once. They are looked at as they are asked for, a slice at a time."""
         at = shared.position
-        crowds = [list(crowd.items()) for pattern in shared.patterns if (crowd := self._followers_of(pattern))]
+        followed = [self._followers_of(pattern) for pattern in shared.patterns if pattern in self._followed]
+        crowds = [list(crowd.items()) for crowd in followed]
         following = (lane for crowd in crowds for lane, since in crowd if at > since)
         return following if len(crowds) < 2 else iter(dict.fromkeys(following))
 
@@ -282,15 +285,24 @@ class Feed:
     def add(self, lane: Lane) -> None:
         self.lanes[lane] = None
         for pattern, since in lane.follows.items():
+            self._followed[pattern] = self._followed.get(pattern, 0) + 1
             if pattern in self._followers:
                 self._followers[pattern][lane] = since
 
     def remove(self, lane: Lane) -> None:
-        self.lanes.pop(lane, None)
+        if lane not in self.lanes:
+            return
+        del self.lanes[lane]
         self.unacked.pop(lane, None)
         for pattern in lane.follows:
-            if pattern in self._followers:
-                self._followers[pattern].pop(lane, None)
+            left = self._followed[pattern] - 1
+            if left:
+                self._followed[pattern] = left
+                if pattern in self._followers:
+                    del self._followers[pattern][lane]
+            else:
+                del self._followed[pattern]
+                self._followers.pop(pattern, None)
 
     def refollow(self, lane: Lane, follows: dict[str, Position]) -> None:
         """The user follows other topics now."""
