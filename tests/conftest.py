@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from support.cassandra import cql_server
+from support.cassandra import ADDRESS_VARIABLE, cql_server
 from support.cql import new_keyspace
 from support.mesh import Mesh, running_mesh
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Where workers share the tests (``-n``), they share the CQL server too: they get its address."""
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        stack = ExitStack()
+        config.add_cleanup(stack.close)
+        os.environ[ADDRESS_VARIABLE] = stack.enter_context(cql_server()).contact_point
 
 
 @pytest.fixture
