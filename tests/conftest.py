@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from support.cassandra import ADDRESS_VARIABLE, cql_server
+from support.cassandra import ADDRESS_VARIABLE, CqlServer, cql_server
 from support.cql import new_keyspace
 from support.mesh import Mesh, running_mesh
+
+_SERVER = pytest.StashKey[CqlServer]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -20,7 +22,15 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
         stack = ExitStack()
         config.add_cleanup(stack.close)
-        os.environ[ADDRESS_VARIABLE] = stack.enter_context(cql_server()).contact_point
+        config.stash[_SERVER] = stack.enter_context(cql_server())
+        os.environ[ADDRESS_VARIABLE] = config.stash[_SERVER].contact_point
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """A shared CQL server that died fails many tests, none of which can say why."""
+    server = config.stash.get(_SERVER, None)
+    if server is not None and server.child is not None and (words := server.child.last_words()):
+        terminalreporter.write_line(words, red=True)
 
 
 @pytest.fixture

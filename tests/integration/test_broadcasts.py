@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from support.clock import PATIENCE_S, until
-from support.cql import empty_store
 from support.device import Device
 from support.mesh import KEY, Mesh, running_mesh
 from support.proxy import Proxy
@@ -29,19 +28,9 @@ FEW = 2
 """Subscribers up to which a topic of these tests is copied."""
 
 
-@pytest.fixture(params=["sqlite", "cql"])
-def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    url = f"sqlite:///{tmp_path}/inbox.db" if request.param == "sqlite" else request.getfixturevalue("cql_url")
-    assert isinstance(url, str)
-    return url
-
-
 @pytest.fixture
 async def topics(store_url: str, tmp_path: Path) -> AsyncIterator[Mesh]:
     """A mesh with fan-out and inbox agent, on either store, where three followers are many."""
-    if store_url.startswith("cql"):
-        async with empty_store(store_url):
-            pass
     async with running_mesh(tmp_path, store_url=store_url, fanout_write_max=FEW) as mesh:
         await mesh.inbox()
         await mesh.fanout()

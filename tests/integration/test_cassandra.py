@@ -63,8 +63,10 @@ def test_kill_keeps_what_was_acknowledged(server: Cassandra) -> None:
         for number in range(ROWS):
             session.execute(insert, (number,))
         contact_point, pid = server.contact_point, server.pid
+        assert server.last_words() is None
         server.kill()
     assert server.pid is None
+    assert "died (exit status -9)" in (server.last_words() or "")
     server.restart()
     assert server.contact_point == contact_point
     assert server.pid not in (None, pid)

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from support.cql import empty_store
 from support.device import Device
 from support.mesh import Agent, Mesh, running_mesh
 from tidings.wire import subject
@@ -47,18 +46,8 @@ def numbered(count: int, first: int = 0) -> list[str]:
     return [f"n{number}" for number in range(first, first + count)]
 
 
-@pytest.fixture(params=["sqlite", "cql"])
-def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    url = f"sqlite:///{tmp_path}/inbox.db" if request.param == "sqlite" else request.getfixturevalue("cql_url")
-    assert isinstance(url, str)
-    return url
-
-
 @pytest.fixture
 async def inboxes(store_url: str, tmp_path: Path) -> AsyncIterator[Inboxes]:
-    if store_url.startswith("cql"):
-        async with empty_store(store_url):
-            pass
     async with running_mesh(tmp_path, store_url=store_url) as mesh:
         await mesh.inbox()
         yield Inboxes(mesh, (await mesh.gateway(), await mesh.gateway()))

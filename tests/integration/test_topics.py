@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from support.clock import PATIENCE_S
-from support.cql import empty_store
 from support.device import Device
 from support.ledger import stored_ids
 from support.mesh import KEY, Mesh, running_mesh
@@ -23,19 +22,9 @@ from tidings.wire.notification import build
 from tidings.wire.topic import MAX_LEVELS, MAX_TOPIC
 
 
-@pytest.fixture(params=["sqlite", "cql"])
-def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    url = f"sqlite:///{tmp_path}/inbox.db" if request.param == "sqlite" else request.getfixturevalue("cql_url")
-    assert isinstance(url, str)
-    return url
-
-
 @pytest.fixture
 async def topics(store_url: str, tmp_path: Path) -> AsyncIterator[Mesh]:
     """A mesh with fan-out and inbox agent, on either store."""
-    if store_url.startswith("cql"):
-        async with empty_store(store_url):
-            pass
     async with running_mesh(tmp_path, store_url=store_url) as mesh:
         await mesh.inbox()
         await mesh.fanout()

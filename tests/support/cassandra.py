@@ -79,7 +79,7 @@ _OPENS: Final = (
 _JVM: Final = (
     # Memory is locked when the server starts: a small first heap halves what it takes.
     "-Xms128m",
-    "-Xmx512m",
+    "-Xmx1g",
     "-Xss512k",
     "-XX:+UseSerialGC",
     # The server lives for seconds: the second compiler would cost more than it gives.
@@ -238,6 +238,13 @@ class Cassandra:
         """Stop, if it runs, and start again with the same files and the same ports."""
         self.stop()
         self.start()
+
+    def last_words(self) -> str | None:
+        """How it ended, if it did so by itself or was killed by others; None while it runs."""
+        status = None if self._process is None else self._process.poll()
+        if status is None:
+            return None
+        return f"Apache Cassandra died (exit status {status}). The end of its log:\n{self._tail(0)}"
 
     def answers(self, timeout_s: float = 1) -> bool:
         """Whether CQL answers right now."""
