@@ -21,7 +21,7 @@ from . import figures, profiler
 from .figures import Figure
 from .host import BenchFailed, pick_cores, running_mesh
 from .system import alone, machine, on_cores, raise_open_files, versions
-from .topics import TopicPlan, TopicRepeat, run_topics
+from .topics import CrowdPlan, TopicPlan, TopicRepeat, run_topics
 from .workloads import Counts, Plan, Repeat, Say, run_repeat
 
 _README: Final = Path(__file__).with_name("README.md")
@@ -45,6 +45,21 @@ class _Suite(NamedTuple):
     end: str
 
 
+_QUICK_TOPICS: Final = {
+    "devices": 100,
+    "broadcasts": 4,
+    "every_s": 0.25,
+    "repeats": 1,
+    "partitions": 8,
+    "listeners": 10,
+    "rate": 50,
+    "ignored": 200,
+    "copies": 50,
+    "copied": 2,
+    "singles": 2,
+    "settle_s": 0.5,
+}
+
 _SUITES: Final = {
     "personal": _Suite(
         Plan,
@@ -66,25 +81,21 @@ _SUITES: Final = {
     ),
     "topics": _Suite(
         TopicPlan,
-        {
-            "devices": 100,
-            "broadcasts": 4,
-            "every_s": 0.25,
-            "repeats": 1,
-            "partitions": 8,
-            "listeners": 10,
-            "rate": 50,
-            "ignored": 200,
-            "copies": 50,
-            "copied": 2,
-            "singles": 2,
-            "settle_s": 0.5,
-        },
+        _QUICK_TOPICS,
         figures.TOPICS,
         run_topics,
         Path("bench/topics.json"),
         "<!-- topics: written by `python -m bench --suite topics --write` -->",
         "<!-- end of topics -->",
+    ),
+    "crowd": _Suite(
+        CrowdPlan,
+        _QUICK_TOPICS,
+        figures.TOPICS,
+        run_topics,
+        Path("bench/crowd.json"),
+        "<!-- crowd: written by `python -m bench --suite crowd --write` -->",
+        "<!-- end of crowd -->",
     ),
 }
 
@@ -104,7 +115,7 @@ def _arguments() -> argparse.Namespace:
         help=f"personal notifications a second (default: at full load {plan.rate}, beside broadcasts {topics.rate})",
     )
     parser.add_argument("--unpinned", action="store_true", help="let the system choose the cores")
-    parser.add_argument("--json", type=Path, help="where figures go (default: bench/results.json, bench/topics.json)")
+    parser.add_argument("--json", type=Path, help="where figures go (default: the suite's own file in bench/)")
     parser.add_argument("--write", action="store_true", help="put the table into bench/README.md")
     parser.add_argument(
         "--profile", choices=("gateway", "inbox", "fanout"), help="show where this agent's time goes instead"
@@ -119,7 +130,7 @@ def _arguments() -> argparse.Namespace:
     group.add_argument("--every-s", type=float, help=f"seconds between two (default: {topics.every_s:g})")
     group.add_argument("--copies", type=int, help=f"subscribers who get a copy each (default: {topics.copies})")
     args = parser.parse_args()
-    if args.profile == "fanout" and args.suite != "topics":
+    if args.profile == "fanout" and args.suite == "personal":
         parser.error("the personal suite has no fan-out agent: --suite topics")
     return args
 

@@ -61,7 +61,8 @@ PERSONAL: Final[tuple[Figure, ...]] = (
 TOPICS: Final[tuple[Figure, ...]] = (
     Figure("broadcast_gateway_us", "Broadcast, not acknowledged: CPU of the gateway", "µs a delivery", 1, 14.0),
     Figure("bare_us", "A bare write of the same frame to as many sockets", "µs a write", 1),
-    Figure("broadcast_ratio", "A delivery by the bare write", "times", 2),
+    # What 14 µs are of the 9.2 that a bare write takes where the goal was set: the ratio travels between machines.
+    Figure("broadcast_ratio", "A delivery by the bare write", "times", 2, 1.52),
     Figure("broadcast_last_p50_ms", "Broadcast, not acknowledged: publish to the last device, median", "ms"),
     Figure("broadcast_last_max_ms", "Broadcast, not acknowledged: publish to the last device, slowest", "ms"),
     Figure("upto_gateway_us", "All of these acknowledged at once: CPU of the gateway", "µs a device", 1),

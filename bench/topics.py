@@ -24,7 +24,7 @@ from .publisher import user_of
 from .waiting import until
 from .workloads import TAIL_S, Counts, Say, Span
 
-__all__ = ["TopicPlan", "TopicRepeat", "run_topics"]
+__all__ = ["CrowdPlan", "TopicPlan", "TopicRepeat", "run_topics"]
 
 _ALL: Final = "bench.all"
 """What every device follows."""
@@ -78,6 +78,16 @@ class TopicPlan:
             _COPIED: [f"copied-{number}" for number in range(self.copies)],
             _SINGLE: ["single"],
         }
+
+
+@dataclass(frozen=True, slots=True)
+class CrowdPlan(TopicPlan):
+    """As many devices as one gateway is meant for."""
+
+    devices: int = 15_000
+    broadcasts: int = 10
+    every_s: float = 2.0
+    repeats: int = 2
 
 
 class _Log(NamedTuple):
