@@ -233,7 +233,7 @@ async def test_server_gone_under_load(site: Site, fault: str) -> None:
         for user, device in devices.items():
             await is_delivered(mesh, user, device)
         await is_refused(devices[USERS[0]])
-        mend(site.server)
+        await asyncio.to_thread(mend, site.server)
         for user, device in devices.items():
             await is_answered(device)
             await is_delivered(mesh, user, device)
@@ -295,7 +295,7 @@ async def test_server_refuses_at_connect(site: Site, how: str) -> None:
         if how == "refused":
             await wire.accept()
         else:
-            site.server.start()
+            await asyncio.to_thread(site.server.start)
         assert await phone.closed() == 1012
         assert (await phone.expect_frame("bye"))["reconnect"] is True
         await phone.connect()
@@ -341,7 +341,8 @@ async def test_event_loop_is_never_blocked(site: Site, fault: str) -> None:
                 group.create_task(said_often(gateway, "cursors wait", 3))
                 newcomers = [group.create_task(mesh.online(gateway, f"late{number}")) for number in range(10)]
             assert {newcomer.result().welcome["pos"] for newcomer in newcomers} == {None}
-            mend(site.server)
+            # In a thread: a server that starts takes seconds, and the load goes on.
+            await asyncio.to_thread(mend, site.server)
             for newcomer in newcomers:
                 assert await newcomer.result().closed() == 1012
                 await newcomer.result().connect()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -338,6 +339,111 @@ async def test_in_force_where_nobody_could_be_asked(crowded: Mesh, before: list[
         finally:
             await phone.close()
             await gateway.stop()
+
+
+async def test_not_in_force_where_the_asker_is_cut_off(crowded: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gateway that loses NATS between storing a subscription and asking the others does not say ``ok``."""
+    await crowded.inbox()
+    await crowded.fanout()
+    async with Proxy(crowded.nats.port) as proxy:
+        gateway = await inside(crowded, nats_url=f"nats://127.0.0.1:{proxy.port}")
+        tablet = await crowded.online(await crowded.gateway(), "alice", "tablet")
+        phone = Device(f"http://127.0.0.1:{gateway.port}/v1/ws", issue(KEY, "alice", "phone"))
+        reload = Follows.reload
+
+        async def reload_and_lose(follows: Follows, user: str) -> None:
+            await reload(follows, user)
+            if follows is gateway.hub.follows:
+                monkeypatch.undo()
+                proxy.cut()
+
+        try:
+            await phone.connect()
+            await crowd(crowded, "post.42")
+            monkeypatch.setattr(Follows, "reload", reload_and_lose)
+            answer = await phone.ask("sub", topics=["post.42"])
+            assert (answer["t"], answer.get("code")) == ("error", "store_unavailable"), answer
+            await proxy.mend()
+            await until(lambda: gateway.hub.connection.is_connected, "the gateway is back")
+            await follow(phone, "post.42")
+            ids = await crowded.publish_topic("post.42", "alice", count=3)
+            await tablet.expect(*ids)
+            await phone.expect(*ids)
+        finally:
+            await phone.close()
+            await gateway.stop()
+
+
+async def test_readings_take_turns(crowded: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three changes at once the last one stays, also where the store is slower with the earlier ones."""
+    gateway = await inside(crowded)
+    phone = Device(f"http://127.0.0.1:{gateway.port}/v1/ws", issue(KEY, "alice", "phone"))
+    gates = [asyncio.Event() for _ in range(3)]
+    read, begun = Follows._read, []
+
+    async def slow(follows: Follows, user: str) -> dict[str, Position]:
+        found = await read(follows, user)
+        begun.append(found)
+        await gates[len(begun) - 1].wait()
+        return found
+
+    try:
+        await phone.connect()
+        monkeypatch.setattr(Follows, "_read", slow)
+        asked: list[asyncio.Task[None]] = []
+        for number in range(3):
+            await crowded.store.subscribe("alice", [f"t.{number}"], 10, Position(0, 0))
+            asked.append(asyncio.create_task(gateway.hub.follows.reload("alice")))
+            if number == 1:
+                await until(lambda: len(begun) == 1, "the first one reads")
+                gates[0].set()
+                await asked[0]
+        gates[2].set()
+        await until(lambda: len(begun) == 2, "the second one reads")
+        # Were the third let in beside it, it would have read by now: the store answers one after the other.
+        for _ in range(3):
+            await crowded.store.subscriptions("alice", None, 10)
+        gates[1].set()
+        await asyncio.gather(*asked)
+        (session,) = gateway.hub.users["alice"]
+        assert session.lane is not None
+        assert set(session.lane.follows) == {"t.0", "t.1", "t.2"}
+    finally:
+        await phone.close()
+        await gateway.stop()
+
+
+async def test_in_order(crowded: Mesh) -> None:
+    """Many messages to one topic, quicker than they go out, do so in the order in which they were stored."""
+    await crowded.inbox()
+    await crowded.fanout()
+    await crowd(crowded, "post.42")
+    device = await crowded.online(await crowded.gateway(), "alice")
+    await follow(device, "post.42")
+    ids = await crowded.publish_topic("post.42", "alice", count=150)
+    await device.expect(*ids)
+    assert device.ids == ids
+
+
+async def test_a_body_that_has_expired(crowded: Mesh) -> None:
+    """A reference whose broadcast is gone hides none of those behind it from a device that catches up."""
+    gateway = await crowded.gateway()
+    device = await crowded.online(gateway, "alice")
+    await follow(device, "post.42")
+    await device.close()
+    await crowd(crowded, "post.42")
+    await crowded.inbox()
+    await crowded.fanout()
+    ids = await crowded.publish_topic("post.42", "alice", count=80)
+    await crowded.floors_announced()
+    # References are noted when the user looks.
+    tablet = await crowded.online(gateway, "alice", "tablet")
+    assert (await tablet.ask("count"))["unread"] == len(ids)
+    with sqlite3.connect(crowded.settings.store_url.removeprefix("sqlite:///")) as db:
+        assert db.execute("DELETE FROM broadcasts WHERE id = ?", (ids[2],)).rowcount == 1
+    await device.connect()
+    await device.expect(*ids[:2], *ids[3:])
+    assert ids[2] not in device.ids
 
 
 async def test_in_force_for_who_is_just_coming(crowded: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:

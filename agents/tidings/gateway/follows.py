@@ -11,10 +11,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
+from weakref import WeakValueDictionary
 
 from tidings.runtime.backoff import Backoff
 from tidings.store.port import Cursor
@@ -42,21 +41,15 @@ class Follows:
 
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
-        self._locks: dict[str, asyncio.Lock] = {}
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        """Each for as long as somebody has it or waits for it."""
         self._held: dict[str, int] = {}
         """How many readings of a user's subscriptions the user's lanes wait for."""
         self._cut_off = False
 
-    @asynccontextmanager
-    async def _alone(self, user: str) -> AsyncIterator[None]:
+    def _alone(self, user: str) -> asyncio.Lock:
         """One reading of a user's subscriptions after the other: what is applied last was read last."""
-        lock = self._locks.setdefault(user, asyncio.Lock())
-        try:
-            async with lock:
-                yield
-        finally:
-            if not lock.locked() and self._locks.get(user) is lock:
-                del self._locks[user]
+        return self._locks.setdefault(user, asyncio.Lock())
 
     async def _read(self, user: str) -> dict[str, Position]:
         found: dict[str, Position] = {}
@@ -103,16 +96,25 @@ class Follows:
             lane.catch_up()
 
     async def changed(self, user: str) -> None:
-        """A user's subscriptions have changed: bring that into force wherever they are. Raises `StoreUnavailable`."""
+        """A user's subscriptions have changed: bring that into force wherever they are.
+
+        Raises `StoreUnavailable` and `StreamUnavailable` when that may have failed; what is stored stands.
+        """
         await self.reload(user)
         hub = self._hub
         elsewhere = {holder.gateway for holder in await hub.store.holders(user)} - {hub.gateway}
         await asyncio.gather(*(self._ask(gateway, user) for gateway in elsewhere))
 
     async def _ask(self, gateway: str, user: str) -> None:
+        connection = self._hub.connection
+        before = connection.reconnects
         try:
-            await self._hub.connection.ask(subject.gateway_topics(gateway), user.encode(), timeout_s=_ANSWER_S)
+            await connection.ask(subject.gateway_topics(gateway), user.encode(), timeout_s=_ANSWER_S)
         except StreamUnavailable as error:
+            # Was it asked? If we are who is cut off, it goes on, and knows nothing.
+            await connection.confirm(timeout_s=_ANSWER_S)
+            if connection.reconnects != before:
+                raise
             # It was killed, stands still, or is cut off: it reads them before it hands out anything more.
             log.info("gateway %s does not answer what %r follows: %s", gateway, user, error)
 

@@ -276,12 +276,11 @@ class Lane:
                 if not await self._has_room():
                     return
                 limit = min(self.window.room, _PAGE)
-                items = await hub.inbox.broadcasts_between(user, self.read_upto, upto, limit)
+                items, looked_upto = await hub.inbox.broadcasts_between(user, self.read_upto, upto, limit)
                 for item in items:
                     self._give(item.position, item.body, item.stored_ns)
                     self._passed(item.position)
-                if len(items) < limit:
-                    break
+                self._passed(looked_upto)
             self._passed(upto)
         except StoreUnavailable as error:
             log.warning("session %s cannot catch up with broadcasts from the inbox: %s", self._session.id, error)

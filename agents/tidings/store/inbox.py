@@ -176,11 +176,14 @@ class UserInbox:
         await self._sync(user)
         return await self._store.missed(broadcast_key(user), after, upto)
 
-    async def broadcasts_between(self, user: str, after: Position, upto: Position, limit: int) -> list[InboxItem]:
-        """As `Store.between`, of the broadcasts."""
+    async def broadcasts_between(
+        self, user: str, after: Position, upto: Position, limit: int
+    ) -> tuple[list[InboxItem], Position]:
+        """As `Store.between`, of the broadcasts; and up to where these are all. A body that has expired is left out."""
         items = await self._store.between(broadcast_key(user), after, upto, limit)
         bodies = await self._bodies(items)
-        return [item._replace(body=bodies[item.position]) for item in items if item.position in bodies]
+        found = [item._replace(body=bodies[item.position]) for item in items if item.position in bodies]
+        return found, items[-1].position if len(items) == limit else upto
 
     async def _bodies(self, items: Iterable[InboxItem]) -> dict[Position, bytes]:
         positions = [item.position for item in items]

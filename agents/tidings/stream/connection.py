@@ -111,6 +111,21 @@ class Connection(Client):
         self.handlers[b"%d" % subscription._id] = handler
         return subscription
 
+    @property
+    def reconnects(self) -> int:
+        """How often the connection broke and was made anew: the same before and after means that it held."""
+        return self.stats["reconnects"]
+
+    async def confirm(self, timeout_s: float = 10) -> None:
+        """Return when the server has what was sent; raises `StreamUnavailable`."""
+        try:
+            await self.flush(timeout_s)  # type: ignore[arg-type]
+        except (nats.errors.Error, OSError, TimeoutError) as error:
+            raise StreamUnavailable(f"NATS does not answer: {error or type(error).__name__}") from error
+        # While it reconnects, nats-py takes a flush for done.
+        if not self.is_connected:
+            raise StreamUnavailable("the connection to NATS is broken")
+
     def send(self, subject: str, payload: bytes = b"", reply: str = "", header: bytes = b"") -> bool:
         """Publish at most once, without waiting: False (and nothing sent) while there is no connection.
 
