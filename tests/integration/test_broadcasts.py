@@ -32,7 +32,7 @@ FEW = 2
 @pytest.fixture
 async def topics(store_url: str, tmp_path: Path) -> AsyncIterator[Mesh]:
     """A mesh with fan-out and inbox agent, on either store, where three followers are many."""
-    async with running_mesh(tmp_path, store_url=store_url, fanout_write_max=FEW) as mesh:
+    async with running_mesh(tmp_path, store_url=store_url, store_timeout_s=PATIENCE_S, fanout_write_max=FEW) as mesh:
         await mesh.inbox()
         await mesh.fanout()
         yield mesh

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from support.clock import PATIENCE_S
 from support.device import Device
 from support.mesh import Agent, Mesh, running_mesh
 from tidings.wire import subject
@@ -48,7 +49,7 @@ def numbered(count: int, first: int = 0) -> list[str]:
 
 @pytest.fixture
 async def inboxes(store_url: str, tmp_path: Path) -> AsyncIterator[Inboxes]:
-    async with running_mesh(tmp_path, store_url=store_url) as mesh:
+    async with running_mesh(tmp_path, store_url=store_url, store_timeout_s=PATIENCE_S) as mesh:
         await mesh.inbox()
         yield Inboxes(mesh, (await mesh.gateway(), await mesh.gateway()))
 

@@ -25,7 +25,7 @@ from tidings.wire.topic import MAX_LEVELS, MAX_TOPIC
 @pytest.fixture
 async def topics(store_url: str, tmp_path: Path) -> AsyncIterator[Mesh]:
     """A mesh with fan-out and inbox agent, on either store."""
-    async with running_mesh(tmp_path, store_url=store_url) as mesh:
+    async with running_mesh(tmp_path, store_url=store_url, store_timeout_s=PATIENCE_S) as mesh:
         await mesh.inbox()
         await mesh.fanout()
         yield mesh
