@@ -279,7 +279,6 @@ class Lane:
                 items, looked_upto = await hub.inbox.broadcasts_between(user, self.read_upto, upto, limit)
                 for item in items:
                     self._give(item.position, item.body, item.stored_ns)
-                    self._passed(item.position)
                 self._passed(looked_upto)
             self._passed(upto)
         except StoreUnavailable as error:
