@@ -99,7 +99,7 @@ class FanoutAgent(Service):
         self._publisher = Publisher(connection, timeout_s=self._settings.fanout_ack_wait_s / 2)
         await self._publisher.open()
         await connection.listen(subject.fanout_pull(self._id, "*"), self._receive)
-        await connection.flush()
+        await connection.confirm()
         for loop in (self._pull_where_none, self._keep):
             self.spawn(loop())
         self.log.info("fan-out agent %s reads %s", self._id, TOPICS)

@@ -84,7 +84,7 @@ class Gateway(Service):
         await self._read_floors(hub)
         await connection.listen(subject.INBOX_FLOOR, self._heard_floors)
         await connection.listen(subject.gateway_wildcard(hub.gateway), self._receive)
-        await connection.flush()
+        await connection.confirm()
         await hub.feed.start(hub.floors[BROADCAST_PART])
         opener = Opener(hub)
         self._keeper = keeper = Keeper(hub, opener)

@@ -110,7 +110,7 @@ class InboxAgent(Service):
         await self._broadcasts.listen()
         await connection.listen(subject.inbox_pull(self._id, "*", "*"), self._receive)
         await connection.listen(subject.INBOX_FLOOR, self._heard_floors)
-        await connection.flush()
+        await connection.confirm()
         for loop in (self._resume, self._write, self._announce_floors, self._expire):
             self.spawn(loop())
         connection.gulp_s = min(_GULP_S, self._settings.inbox_delay_ms / 1000)
