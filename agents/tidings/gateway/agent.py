@@ -30,6 +30,7 @@ from .door import Door
 from .hub import Hub
 from .keeper import Keeper
 from .opening import Opener, give_up
+from .porch import Porch, Runner
 from .session import Session
 from .socket import Socket
 
@@ -61,7 +62,8 @@ class Gateway(Service):
         self._store = store
         self._routes = routes
         self._connection: Connection | None = None
-        self._runner: web.AppRunner | None = None
+        self._porch: Porch | None = None
+        self._runner: Runner | None = None
         self._hub: Hub | None = None
         self._door: Door | None = None
         self._keeper: Keeper | None = None
@@ -88,13 +90,15 @@ class Gateway(Service):
         await hub.feed.start(hub.floors[BROADCAST_PART])
         opener = Opener(hub)
         self._keeper = keeper = Keeper(hub, opener)
-        self._door = Door(hub, opener)
+        self._porch = Porch(self._settings.strangers_max)
+        self._door = Door(hub, opener, self._porch)
         for loop in (
             keeper.write_cursors,
             keeper.write_notes,
             keeper.keep_time,
             keeper.mend,
             keeper.probe,
+            keeper.watch_memory,
             hub.feed.mend,
         ):
             self.spawn(loop())
@@ -113,14 +117,23 @@ class Gateway(Service):
         await asyncio.gather(*map(read, (*range(hub.topology.partitions), BROADCAST_PART)))
 
     async def _listen(self) -> None:
-        app = web.Application()
+        assert self._porch is not None
         assert self._door is not None
+        app = web.Application(middlewares=[self._porch.middleware()])
         app.router.add_get("/v1/ws", self._door.handle)
         app.router.add_get("/healthz", self._healthz)
         app.router.add_get("/readyz", self._readyz)
         if self._routes is not None:
             self._routes(app)
-        self._runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=1.0)
+        self._runner = Runner(
+            app,
+            self._porch,
+            access_log=None,
+            handle_signals=False,
+            shutdown_timeout=1.0,
+            # It also bounds how long a request may take to come.
+            keepalive_timeout=self._settings.hello_timeout_s,
+        )
         await self._runner.setup()
         host, port = self._settings.host, self._settings.port
         site = web.TCPSite(self._runner, host, port, backlog=4096)

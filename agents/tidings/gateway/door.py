@@ -20,7 +20,9 @@ from tidings.wire.subject import escape
 
 from .conversation import Conversation
 from .hub import Hub, new_id
+from .meter import CONNECT_FRAMES
 from .opening import Opener, Plan
+from .porch import Porch
 from .requests import Requests
 from .session import Session
 from .socket import Socket
@@ -28,6 +30,8 @@ from .socket import Socket
 __all__ = ["Door"]
 
 _RETRY_SPREAD_MS: Final = 3000
+_CROWDED_MS: Final = 30_000
+"""How long a device that is one too many stays away."""
 
 log = logging.getLogger("tidings.gateway")
 
@@ -35,17 +39,20 @@ log = logging.getLogger("tidings.gateway")
 class _Refused(Exception):
     """The connection ends here, with this close."""
 
-    def __init__(self, close: Close, message: str, code: str | None = None) -> None:
+    def __init__(self, close: Close, message: str, code: str | None = None, *, after_ms: int = 0) -> None:
         super().__init__(message)
         self.close = close
         self.code = code
+        self.after_ms = after_ms
+        """Come back not before that."""
 
 
 class Door:
     """Handles ``GET /v1/ws``."""
 
-    def __init__(self, hub: Hub, opener: Opener) -> None:
+    def __init__(self, hub: Hub, opener: Opener, porch: Porch) -> None:
         self._hub = hub
+        self._porch = porch
         self._opener = opener
         self._requests = Requests(hub)
         self.open = True
@@ -56,11 +63,11 @@ class Door:
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """One connection, from handshake to close."""
         settings = self._hub.settings
-        socket = Socket(settings.frame_max_bytes, settings.write_buffer_bytes)
+        socket = Socket(settings.frame_max_bytes, settings.write_buffer_bytes, self._hub.meters.limits)
         response = await socket.accept(request)
         self._entering.add(socket)
         try:
-            session = await self._enter(socket, request.headers.get("Authorization"))
+            session = await self._enter(socket, request)
             self._entering.discard(socket)
             if session is not None:
                 try:
@@ -72,10 +79,11 @@ class Door:
             farewell = frames.error(refused.code or refused.close.name, str(refused))
             if refused.close.reconnect:
                 socket.send(farewell)
-                farewell = self._hub.bye(_RETRY_SPREAD_MS)
+                farewell = self._hub.bye(_RETRY_SPREAD_MS, refused.after_ms)
             socket.dismiss(refused.close, farewell)
         finally:
             self._entering.discard(socket)
+            self._porch.let_in(request.protocol)
             await socket.gone()
         return response
 
@@ -85,7 +93,7 @@ class Door:
         for socket in list(self._entering):
             socket.dismiss(codes.RESTART)
 
-    async def _enter(self, socket: Socket, authorization: str | None) -> Session | None:
+    async def _enter(self, socket: Socket, request: web.Request) -> Session | None:
         """Hello, identity, session. None when the connection ended or was taken over on the way."""
         settings = self._hub.settings
         if not self.open:
@@ -95,10 +103,12 @@ class Door:
                 frame = await socket.receive()
         except TimeoutError:
             raise _Refused(codes.NO_HELLO, f"no hello came within {settings.hello_timeout_s:g} s") from None
+        self._porch.let_in(request.protocol)
         if frame is None:
             return None
         hello = self._read_hello(frame)
-        identity = self._identify(hello, authorization)
+        identity = self._identify(hello, request.headers.get("Authorization"))
+        self._count(socket, identity.user)
         device = identity.device or hello.device or f"session-{new_id()}"
         if hello.device is not None and hello.device != device:
             raise _Refused(codes.NOT_ALLOWED, "the token is for another device than the hello names")
@@ -133,6 +143,15 @@ class Door:
         except NotAuthenticated as error:
             raise _Refused(codes.NOT_AUTHENTICATED, str(error)) from None
 
+    def _count(self, socket: Socket, user: str) -> None:
+        """From here on it is the user's account that a connection is on, and each costs something."""
+        now = self._hub.now()
+        socket.meter = self._hub.meters.of(user, now)
+        owed_s = socket.meter.frames(now, CONNECT_FRAMES)
+        if owed_s > 0:
+            message = f"more was sent than a user's devices may: come back in {owed_s:.0f} s, and send less"
+            raise _Refused(codes.TOO_MANY_REQUESTS, message, after_ms=int(owed_s * 1000))
+
     async def _join(
         self, socket: Socket, user: str, device: str, window: int, since: Position | None
     ) -> Session | None:
@@ -143,6 +162,11 @@ class Door:
             if session is None:
                 if len(hub) >= hub.settings.max_sessions:
                     raise _Refused(codes.OVERLOADED, f"this gateway has its {hub.settings.max_sessions} sessions")
+                if hub.overloaded:
+                    raise _Refused(codes.OVERLOADED, "this gateway has all the memory that it may")
+                if not hub.make_room(user):
+                    message = f"{hub.settings.devices_max} devices of this user are connected here"
+                    raise _Refused(codes.TOO_MANY_DEVICES, message, after_ms=_CROWDED_MS)
                 session = hub.add(user, device)
                 session.opening = hub.spawn(self._open(session, window, since))
             if session.suitor is not None:

@@ -30,6 +30,7 @@ from tidings.wire.position import Position
 from .feed import Feed
 from .floors import Floors
 from .follows import Follows
+from .meter import Limits, Meters
 from .recent import RecentIds
 from .session import Session, SessionState
 from .socket import Socket
@@ -71,6 +72,16 @@ class Hub:
         self.pull_prefix = subject.gateway_session(self.gateway, "")
         self.pull_expires_ns = int(settings.pull_expires_s * 1_000_000_000)
         self.recent = RecentIds()
+        self.meters = Meters(
+            Limits(
+                settings.client_frames_per_s,
+                settings.client_frames_burst,
+                settings.client_bytes_per_s,
+                settings.client_bytes_burst,
+            )
+        )
+        self.overloaded = False
+        """The process has as much memory as it may: no new sessions."""
         self.feed = Feed(self)
         self.follows = Follows(self)
         self.users: dict[str, list[Session]] = {}
@@ -109,6 +120,18 @@ class Hub:
 
     def __len__(self) -> int:
         return len(self.by_id)
+
+    def make_room(self, user: str) -> bool:
+        """Whether the user may have one more device here. One that only lingers makes room, the longest gone first:
+        its cursor is kept. One that is connected does not: who has a stolen token drives nobody out."""
+        sessions = self.users.get(user, [])
+        if len(sessions) < self.settings.devices_max:
+            return True
+        lingering = [session for session in sessions if session.state is SessionState.LINGERING]
+        if not lingering:
+            return False
+        self.end(min(lingering, key=lambda session: session.waiting_since))
+        return True
 
     def add(self, user: str, device: str) -> Session:
         """A new session, starting; the caller starts it."""
@@ -381,5 +404,5 @@ class Hub:
         body = {"event": event, "device": session.device, "gateway": self.gateway, "time": time.time()}
         self.connection.send(subject.presence(session.token), orjson.dumps(body))
 
-    def bye(self, spread_ms: int) -> bytes:
-        return frames.bye(secrets.randbelow(max(1, spread_ms)))
+    def bye(self, spread_ms: int, least_ms: int = 0) -> bytes:
+        return frames.bye(least_ms + secrets.randbelow(max(1, spread_ms)))

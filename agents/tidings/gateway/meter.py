@@ -75,7 +75,7 @@ class Meters:
         self._sweep_at = _FEW
 
     def of(self, user: str, now: float) -> Meter:
-        """The user's meter. Who has none, or is forgotten, has sent nothing for as long as the burst takes to refill."""
+        """The user's meter. Who is forgotten has sent nothing for as long as a burst takes."""
         meter = self._by_user.get(user)
         if meter is None:
             if len(self._by_user) >= self._sweep_at:
