@@ -198,7 +198,7 @@ class Hub:
         session.receive(words[at + 3], words[at + 4], reply, body)
 
     def _on_status(self, where: bytes, header: bytes | None) -> None:
-        words = where.decode().split(".")
+        words = subject.readable(where).split(".")
         if len(words) != 4 or header is None or not words[3].isdigit():
             return
         if words[2] == "feed":

@@ -8,10 +8,12 @@ goes by address, because behind a proxy all clients have the same one.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, cast
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.web_protocol import RequestHandler
 from aiohttp.web_server import Server
 
@@ -92,11 +94,18 @@ class Porch:
         return arrived
 
 
+def _is_ours(record: logging.LogRecord) -> bool:
+    """Not what a stranger sent that is no HTTP: anybody could fill the log with that."""
+    return record.exc_info is None or not isinstance(record.exc_info[1], HttpProcessingError)
+
+
 class Runner(web.AppRunner):
     """aiohttp's runner, whose connections come over the porch."""
 
     def __init__(self, app: web.Application, porch: Porch, **options: Any) -> None:
-        super().__init__(app, **options)
+        log = logging.getLogger("tidings.gateway.http")
+        log.addFilter(_is_ours)
+        super().__init__(app, logger=log, **options)
         self._porch = porch
 
     @property
