@@ -289,8 +289,8 @@ async def test_fuzz(tmp_path: Path) -> None:
         attack.base.clear()
         while attack.cases < CASES:
             size = min(SLICE, CASES - attack.cases)
-            await attack.clients(size * 4 // 5)
-            await attack.bodies(max(10, size // 5))
+            await attack.clients(size * 9 // 10)
+            await attack.bodies(max(20, size // 10))
             await attack.look()
             print(f"{attack.cases} cases, {attack.connections} connections, {len(attack.dead)} dead letters")
         assert attack.connections > CASES / 100

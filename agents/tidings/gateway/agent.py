@@ -133,6 +133,8 @@ class Gateway(Service):
             shutdown_timeout=1.0,
             # It also bounds how long a request may take to come.
             keepalive_timeout=self._settings.hello_timeout_s,
+            # A body that nobody asked for is not waited for.
+            lingering_time=1.0,
         )
         await self._runner.setup()
         host, port = self._settings.host, self._settings.port
