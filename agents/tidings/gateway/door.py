@@ -9,7 +9,7 @@ from typing import Final
 from aiohttp import web
 
 from tidings.runtime.tokens import Identity, verify
-from tidings.store.port import Holder
+from tidings.store.port import ANONYMOUS, Holder
 from tidings.stream import consumers
 from tidings.wire import codes, frames
 from tidings.wire.codes import Close
@@ -109,7 +109,7 @@ class Door:
         hello = self._read_hello(frame)
         identity = self._identify(hello, request.headers.get("Authorization"))
         self._count(socket, identity.user)
-        device = identity.device or hello.device or f"session-{new_id()}"
+        device = identity.device or hello.device or f"{ANONYMOUS}{new_id()}"
         if hello.device is not None and hello.device != device:
             raise _Refused(codes.NOT_ALLOWED, "the token is for another device than the hello names")
         window = min(hello.window or settings.window, settings.window_max)
