@@ -19,7 +19,8 @@ from support.command import answer, processes_of, tidings
 from support.device import Device
 from support.mesh import KEY, Mesh
 from tidings import __version__
-from tidings.identity import issue
+from tidings.identity import Device as DeviceToken
+from tidings.identity import Verifier, issue
 from tidings.runtime.settings import Settings
 from tidings.stream.server import NatsServer
 
