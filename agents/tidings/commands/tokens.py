@@ -55,8 +55,8 @@ def _token(args: argparse.Namespace) -> int:
 
     if args.scope is None or args.device is not None:
         raise BadSettings("--service needs --scope, which says what it may do, and has no --device")
-    key = _key(args, settings)
-    print(issue_service(key, args.service, args.scope, _checked(args.ttl, settings), **_named(settings)))
+    key, names = _key(args, settings)
+    print(issue_service(key, args.service, args.scope, _checked(args.ttl, settings), **names))
     return 0
 
 
@@ -64,18 +64,22 @@ def sign(args: argparse.Namespace, settings: Settings, ttl_s: int) -> str:
     """A token for ``--user`` and ``--device``, with the key of ``--state`` or of the settings."""
     from tidings.identity import issue
 
-    return issue(_key(args, settings), args.user, args.device, _checked(ttl_s, settings), **_named(settings))
+    key, names = _key(args, settings)
+    return issue(key, args.user, args.device, _checked(ttl_s, settings), **names)
 
 
-def _key(args: argparse.Namespace, settings: Settings) -> str:
+def _key(args: argparse.Namespace, settings: Settings) -> tuple[str, dict[str, str]]:
+    """What to sign with, and the issuer and audience that agents with this key want; `tidings dev` wants none."""
     from tidings.dev.state import read_key
+    from tidings.runtime.settings import listed
 
     try:
-        return read_key(args.state)
+        return read_key(args.state), {}
     except StartFailed:
-        if settings.token_key:
-            return settings.token_key
-        raise
+        if not settings.token_key:
+            raise
+    audience = next(iter(listed(settings.token_audience)), "")
+    return settings.token_key, {"issuer": settings.token_issuer, "audience": audience}
 
 
 def _checked(ttl_s: int, settings: Settings) -> int:
@@ -85,12 +89,6 @@ def _checked(ttl_s: int, settings: Settings) -> int:
             "TIDINGS_TOKEN_TTL_MAX_S here and at all agents"
         )
     return ttl_s
-
-
-def _named(settings: Settings) -> dict[str, str]:
-    from tidings.runtime.settings import listed
-
-    return {"issuer": settings.token_issuer, "audience": next(iter(listed(settings.token_audience)), "")}
 
 
 def _revoke(args: argparse.Namespace) -> int:
