@@ -295,7 +295,7 @@ class Wire:
     async def listen(self, subject: str, handler: Any, queue: str = "") -> None:
         self.handlers[subject] = handler
 
-    async def flush(self) -> None:
+    async def confirm(self, timeout_s: float = 10) -> None:
         """Nothing waits."""
 
     def send(self, subject: str, payload: bytes = b"", reply: str = "", header: bytes = b"") -> bool:
