@@ -15,6 +15,7 @@ from support.command import answer
 from support.device import Device, Frame
 from support.mesh import KEY, Agent, Mesh
 from support.proxy import Proxy
+from tidings.client import Client
 from tidings.identity import issue, issue_service
 from tidings.stream import topology
 from tidings.stream.revocations import revoke
@@ -117,6 +118,24 @@ async def test_a_service_is_no_device(mesh: Mesh) -> None:
     phone, refused = await come(mesh, gateway, issue_service(KEY, "shop", "publish:user"))
     assert refused["code"] == "not_allowed"
     assert await phone.closed() == 4403
+
+
+async def test_the_client_stays_connected(mesh: Mesh) -> None:
+    """The client SDK renews its tokens in time: its session outlives several of them, as another that cannot shows."""
+    gateway = await mesh.gateway(**STRICT)
+    given: list[str] = []
+
+    async def fresh() -> str:
+        given.append(token("alice", "phone", 2))
+        return given[-1]
+
+    async with Client(gateway.url.replace("/v1/ws", ""), fresh) as client:
+        session = client.welcome["session"]
+        witness, _ = await come(mesh, gateway, token("alice", "laptop", 3))
+        assert await witness.closed() == 4401
+        await client.count()
+        assert client.welcome["session"] == session
+        assert len(given) >= 2
 
 
 # Revocation
