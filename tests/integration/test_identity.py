@@ -150,7 +150,7 @@ async def test_a_user_is_revoked_everywhere(mesh: Mesh) -> None:
     before = token("alice")
     phone, _ = await come(mesh, one, before, "phone")
     laptop, _ = await come(mesh, two, before, "laptop")
-    tablet, _ = await come(mesh, two, token("alice", "tablet"))
+    tablet, lingering = await come(mesh, two, token("alice", "tablet"))
     bob, _ = await come(mesh, one, token("bob"))
     later, _ = await come(mesh, two, token("alice", "watch", later_s=5))
     await tablet.cut()
@@ -167,6 +167,8 @@ async def test_a_user_is_revoked_everywhere(mesh: Mesh) -> None:
     unknown_age = jwt.encode({"sub": "alice", "exp": int(time.time()) + 60}, KEY, algorithm="HS256")
     assert (await come(mesh, one, unknown_age))[1]["code"] == "not_authenticated"
     assert (await come(mesh, one, token("alice", later_s=5), "phone"))[1]["t"] == "welcome"
+    again = await tablet.connect(token=token("alice", "tablet", later_s=5))
+    assert (again["t"], again["session"] != lingering["session"]) == ("welcome", True)
     for spared in (bob, later):
         assert (await spared.ask("count"))["t"] == "ok"
     refused = await later.ask("token", token=before)
