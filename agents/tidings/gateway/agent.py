@@ -29,7 +29,7 @@ from tidings.stream.topology import BROADCAST_PART
 from tidings.wire import codes, subject
 from tidings.wire.errors import StartFailed, TidingsError
 
-from .admission import Admission
+from .authenticator import Authenticator
 from .door import Door
 from .hub import Hub
 from .keeper import Keeper
@@ -67,7 +67,7 @@ class Gateway(Service):
         self._runner: web.AppRunner | None = None
         self._hub: Hub | None = None
         self._door: Door | None = None
-        self._admission: Admission | None = None
+        self._authenticator: Authenticator | None = None
         self._keeper: Keeper | None = None
         self.port = 0
         """The port that is listened on, once started."""
@@ -87,9 +87,9 @@ class Gateway(Service):
         found = await topology.discover(connection)
         store = GuardedStore(self._store, self._settings.store_timeout_s)
         self._hub = hub = Hub(self._settings, store, connection, found, self.spawn)
-        self._admission = admission = Admission(hub, self._verifier)
+        self._authenticator = authenticator = Authenticator(hub, self._verifier)
         # Before anybody is let in: a gateway that does not know what was revoked is none.
-        await admission.revocations.open()
+        await authenticator.revocations.open()
         await self._read_floors(hub)
         await connection.listen(subject.INBOX_FLOOR, self._heard_floors)
         await connection.listen(subject.gateway_wildcard(hub.gateway), self._receive)
@@ -97,7 +97,7 @@ class Gateway(Service):
         await hub.feed.start(hub.floors[BROADCAST_PART])
         opener = Opener(hub)
         self._keeper = keeper = Keeper(hub, opener)
-        self._door = Door(hub, opener, admission, Requests(hub, self._entitlement))
+        self._door = Door(hub, opener, authenticator, Requests(hub, self._entitlement))
         for loop in (
             keeper.write_cursors,
             keeper.write_notes,
@@ -105,7 +105,7 @@ class Gateway(Service):
             keeper.mend,
             keeper.probe,
             hub.feed.mend,
-            admission.revocations.follow,
+            authenticator.revocations.follow,
         ):
             self.spawn(loop())
         connection.gulp_s = _GULP_S
@@ -180,8 +180,8 @@ class Gateway(Service):
     async def _cut_off(self) -> None:
         if self._hub is not None:
             self._hub.follows.cut_off()
-        if self._admission is not None:
-            self._admission.revocations.cut_off()
+        if self._authenticator is not None:
+            self._authenticator.revocations.cut_off()
 
     async def _reconnected(self) -> None:
         """The connection to NATS is back: no pull survived it, and perhaps no consumer."""
@@ -189,8 +189,8 @@ class Gateway(Service):
         if hub is None or self._connection is None:
             return
         self.log.info("the connection to NATS is back")
-        if self._admission is not None:
-            self._admission.revocations.found()
+        if self._authenticator is not None:
+            self._authenticator.revocations.found()
         for session in list(hub.by_consumer.values()):
             session.pull()
         hub.feed.lost()
@@ -274,7 +274,7 @@ class Gateway(Service):
             problems.append(f"the gateway is {self.state.value}")
         if self._connection is None or not self._connection.is_connected:
             problems.append("no connection to NATS")
-        if self._admission is not None and not self._admission.revocations.current:
+        if self._authenticator is not None and not self._authenticator.revocations.current:
             problems.append("it is not known which tokens are revoked")
         if self._verifier.problem is not None:
             problems.append(self._verifier.problem)

@@ -9,7 +9,7 @@ from tidings.wire import codes, frames
 from tidings.wire.errors import BadFrame, KeysUnavailable, NotAllowed, NotAuthenticated
 from tidings.wire.frames import Ack, ClientFrame, Hello, Ping, Renewal
 
-from .admission import Admission
+from .authenticator import Authenticator
 from .hub import Hub
 from .requests import Requests
 from .session import Session
@@ -23,12 +23,14 @@ _MOST_REFUSED: Final = 100
 class Conversation:
     """The frames of one attached client."""
 
-    __slots__ = ("_admission", "_hub", "_refused", "_requests", "_session", "_socket", "_under_way")
+    __slots__ = ("_authenticator", "_hub", "_refused", "_requests", "_session", "_socket", "_under_way")
 
-    def __init__(self, hub: Hub, requests: Requests, admission: Admission, session: Session, socket: Socket) -> None:
+    def __init__(
+        self, hub: Hub, requests: Requests, authenticator: Authenticator, session: Session, socket: Socket
+    ) -> None:
         self._hub = hub
         self._requests = requests
-        self._admission = admission
+        self._authenticator = authenticator
         self._session = session
         self._socket = socket
         self._under_way = 0
@@ -84,7 +86,7 @@ class Conversation:
         """A new token instead of the one before, which goes on where the new one is not good."""
         session, socket = self._session, self._socket
         try:
-            who = await self._admission.renew(session, frame.token)
+            who = await self._authenticator.renew(session, frame.token)
         except NotAllowed as error:
             socket.dismiss(codes.NOT_ALLOWED, frames.error(error.code, str(error), frame.ref))
         except NotAuthenticated as error:

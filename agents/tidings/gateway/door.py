@@ -27,7 +27,7 @@ from tidings.wire.frames import Hello
 from tidings.wire.position import Place, Position
 from tidings.wire.subject import escape
 
-from .admission import Admission
+from .authenticator import Authenticator
 from .conversation import Conversation
 from .handshake import refuse
 from .hub import Hub, new_id
@@ -55,10 +55,10 @@ class _Refused(Exception):
 class Door:
     """Handles ``GET /v1/ws``."""
 
-    def __init__(self, hub: Hub, opener: Opener, admission: Admission, requests: Requests) -> None:
+    def __init__(self, hub: Hub, opener: Opener, authenticator: Authenticator, requests: Requests) -> None:
         self._hub = hub
         self._opener = opener
-        self._admission = admission
+        self._authenticator = authenticator
         self._requests = requests
         self.open = True
         """Cleared when the gateway drains."""
@@ -79,7 +79,7 @@ class Door:
             self._entering.discard(socket)
             if session is not None:
                 try:
-                    await Conversation(self._hub, self._requests, self._admission, session, socket).run()
+                    await Conversation(self._hub, self._requests, self._authenticator, session, socket).run()
                 finally:
                     self._hub.detach(session, socket, linger=socket.may_return)
         except _Refused as refused:
@@ -146,7 +146,7 @@ class Door:
         if not token:
             raise _Refused(codes.NOT_AUTHENTICATED, "a token is missing: send it in the hello or as a bearer header")
         try:
-            return await self._admission.identify(token)
+            return await self._authenticator.identify(token)
         except KeysUnavailable as error:
             raise _Refused(codes.OVERLOADED, str(error), error.code) from None
         except NotAuthenticated as error:
@@ -156,7 +156,7 @@ class Door:
 
     def _check_revoked(self, who: Device, device: str) -> None:
         try:
-            self._admission.check(who, device)
+            self._authenticator.check(who, device)
         except NotAuthenticated as error:
             raise _Refused(codes.NOT_AUTHENTICATED, str(error)) from None
 

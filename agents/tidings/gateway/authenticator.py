@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from .hub import Hub
     from .session import Session
 
-__all__ = ["Admission"]
+__all__ = ["Authenticator"]
 
 _REVOKED = "the token was revoked: sign in again"
 
 log = logging.getLogger("tidings.gateway")
 
 
-class Admission:
+class Authenticator:
     """Decides by keys and revocations; `revoked` is what `Revocations` is to call."""
 
     def __init__(self, hub: Hub, verifier: Verifier) -> None:
