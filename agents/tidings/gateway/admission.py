@@ -2,8 +2,8 @@
 
 A start costs a claim in the store and a consumer at JetStream. `consumer_starts` of them are under way at a time;
 behind them as many wait as get their turn within `start_wait_s`. Everybody else is told at once when to come back: what
-is promised to a device is a slot of its own on a virtual clock, one after the other at the rate at which starts end (the
-virtual scheduling of the generic cell rate algorithm, ITU-T I.371, annex A). So all of a storm come back evenly
+is promised to a device is a slot of its own on a virtual clock, one after the other at the rate at which starts end
+(the virtual scheduling of the generic cell rate algorithm, ITU-T I.371, annex A). So all of a storm come back evenly
 spread, each once, as fast as they can be served.
 
 The rate is the best of the last seconds during which somebody waited all the time. Rather too high than too low: a
