@@ -33,10 +33,9 @@ from .authenticator import Authenticator
 from .door import Door
 from .hub import Hub
 from .keeper import Keeper
+from .leaving import Leaving
 from .opening import Opener, give_up
 from .requests import Requests
-from .session import Session
-from .socket import Socket
 
 __all__ = ["Gateway"]
 
@@ -68,7 +67,7 @@ class Gateway(Service):
         self._hub: Hub | None = None
         self._door: Door | None = None
         self._authenticator: Authenticator | None = None
-        self._keeper: Keeper | None = None
+        self._leaving: Leaving | None = None
         self.port = 0
         """The port that is listened on, once started."""
 
@@ -96,8 +95,9 @@ class Gateway(Service):
         await connection.confirm()
         await hub.feed.start(hub.floors[BROADCAST_PART])
         opener = Opener(hub)
-        self._keeper = keeper = Keeper(hub, opener)
+        keeper = Keeper(hub, opener)
         self._door = Door(hub, opener, authenticator, Requests(hub, self._entitlement))
+        self._leaving = Leaving(hub, self._door, keeper)
         for loop in (
             keeper.write_cursors,
             keeper.write_notes,
@@ -158,6 +158,8 @@ class Gateway(Service):
             hub.on_pull_reply(where, reply, header, body)
         elif where.startswith(b"broadcast."):
             hub.feed.receive(where, reply, body)
+        elif b".deleted." in where:
+            hub.deletions.answered(where.rpartition(b".")[2].decode())
         elif where.endswith(b".claim"):
             # Who cannot be answered is no gateway: it would take the session, and nobody would have its cursor.
             if reply:
@@ -193,6 +195,7 @@ class Gateway(Service):
             self._authenticator.revocations.found()
         for session in list(hub.by_consumer.values()):
             session.pull()
+        hub.deletions.reconnected()
         hub.feed.lost()
         self.spawn(hub.follows.reload_all())
         self.spawn(self._check_topology(hub))
@@ -216,45 +219,14 @@ class Gateway(Service):
     # Leaving
 
     async def _drain(self) -> None:
-        """Tell every client to come back elsewhere, spread over the drain time, and write all cursors."""
-        assert self._door is not None
-        assert self._keeper is not None
-        hub, settings = self.hub, self._settings
-        self._door.shut()
-        sessions = [session for session in hub.by_id.values() if session.socket is not None]
-        pause = 0.05
-        slice_size = max(1, int(len(sessions) * pause / settings.drain_s) + 1) if settings.drain_s else len(sessions)
-        sent_away: list[Socket] = []
-        while sessions:
-            batch, sessions = sessions[:slice_size], sessions[slice_size:]
-            sent_away.extend(filter(None, map(self._send_away, batch)))
-            if sessions:
-                await asyncio.sleep(pause)
-        for session in list(hub.by_id.values()):
-            hub.end(session)
-        await self._keeper.flush()
-        await self._keeper.flush_notes()
-        # Last, and for all of them together: a client that does not answer takes its time.
-        await asyncio.gather(*(socket.gone() for socket in sent_away))
-
-    def _send_away(self, session: Session) -> Socket | None:
-        socket = session.socket
-        if socket is not None:
-            self.hub.detach(session, socket, linger=False)
-            socket.dismiss(codes.RESTART, self.hub.bye(int(self._settings.drain_s * 1000)))
-        return socket
+        assert self._leaving is not None
+        await self._leaving.drain()
 
     async def _stop(self) -> None:
-        if self._hub is not None and self._keeper is not None:
-            if self._door is not None:
-                self._door.shut()
-            sockets = [session.socket for session in self._hub.by_id.values() if session.socket is not None]
-            for session in list(self._hub.by_id.values()):
-                self._hub.close_socket(session, codes.RESTART, self._hub.bye(1000))
-                self._hub.end(session)
-            await self._keeper.flush()
-            await self._keeper.flush_notes()
-            await asyncio.gather(*(socket.gone() for socket in sockets))
+        if self._leaving is not None:
+            await self._leaving.stop()
+        if self._hub is not None:
+            self._hub.deletions.close()
         if self._runner is not None:
             await self._runner.cleanup()
         if self._connection is not None:

@@ -27,6 +27,7 @@ from tidings.wire.frames import Hello
 from tidings.wire.position import Place, Position
 from tidings.wire.subject import escape
 
+from .admission import Admission
 from .authenticator import Authenticator
 from .conversation import Conversation
 from .handshake import refuse
@@ -46,10 +47,12 @@ log = logging.getLogger("tidings.gateway")
 class _Refused(Exception):
     """The connection ends here, with this close."""
 
-    def __init__(self, close: Close, message: str, code: str | None = None) -> None:
+    def __init__(self, close: Close, message: str, code: str | None = None, after_ms: int | None = None) -> None:
         super().__init__(message)
         self.close = close
         self.code = code
+        self.after_ms = after_ms
+        """When to come back; None for some time soon."""
 
 
 class Door:
@@ -60,6 +63,7 @@ class Door:
         self._opener = opener
         self._authenticator = authenticator
         self._requests = requests
+        self._admission = Admission(hub.settings.consumer_starts, hub.settings.start_wait_s, hub.now)
         self.open = True
         """Cleared when the gateway drains."""
         self._entering: set[Socket] = set()
@@ -72,9 +76,12 @@ class Door:
         if refusal is not None:
             return refusal
         socket = Socket(settings.frame_max_bytes, settings.write_buffer_bytes)
-        response = await socket.accept(request)
+        if len(self._entering) >= settings.entering_max:
+            # Not even a handshake: it would cost more than all that is asked for.
+            raise web.HTTPServiceUnavailable(headers={"Retry-After": str(1 + self._admission.come_back_ms() // 1000)})
         self._entering.add(socket)
         try:
+            response = await socket.accept(request)
             session = await self._enter(socket, request.headers.get("Authorization"))
             self._entering.discard(socket)
             if session is not None:
@@ -87,18 +94,19 @@ class Door:
             farewell = frames.error(refused.code or refused.close.name, str(refused))
             if refused.close.reconnect:
                 socket.send(farewell)
-                farewell = self._hub.bye(_RETRY_SPREAD_MS)
+                after = refused.after_ms
+                farewell = self._hub.bye(_RETRY_SPREAD_MS) if after is None else frames.bye(after)
             socket.dismiss(refused.close, farewell)
         finally:
-            self._entering.discard(socket)
             await socket.gone()
+            self._entering.discard(socket)
         return response
 
     def shut(self) -> None:
         """Let nobody in any more; who stands in the door is sent elsewhere."""
         self.open = False
         for socket in list(self._entering):
-            socket.dismiss(codes.RESTART)
+            socket.dismiss(codes.RESTART, self._hub.bye(_RETRY_SPREAD_MS))
 
     async def _enter(self, socket: Socket, authorization: str | None) -> Session | None:
         """Hello, identity, session. None when the connection ended or was taken over on the way."""
@@ -166,8 +174,13 @@ class Door:
         """Take the device's session over, or start one. The newest socket of a device wins, at every await."""
         hub = self._hub
         while True:
+            if not self.open or not socket.open:
+                return None
             session = hub.find(who.user, device)
             if session is None:
+                if self._admission.full:
+                    after_ms = self._admission.come_back_ms()
+                    raise _Refused(codes.OVERLOADED, "too many devices come at a time", after_ms=after_ms)
                 if len(hub) >= hub.settings.max_sessions:
                     raise _Refused(codes.OVERLOADED, f"this gateway has its {hub.settings.max_sessions} sessions")
                 session = hub.add(who.user, device)
@@ -204,7 +217,10 @@ class Door:
 
     async def _open(self, session: Session, window: int, since: Position | None) -> Plan | StreamUnavailable:
         try:
-            return await self._opener.start(session, window, since)
+            async with self._admission.turn():
+                if session.suitor is None or not session.suitor.open:
+                    raise StreamUnavailable("the client has left before its turn came")
+                return await self._opener.start(session, window, since)
         except StreamUnavailable as error:
             self._hub.end(session)
             return error

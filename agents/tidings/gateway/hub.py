@@ -28,6 +28,7 @@ from tidings.wire.codes import Close
 from tidings.wire.errors import StreamUnavailable
 from tidings.wire.position import Position
 
+from .deletions import Deletions
 from .expiry import Expiries
 from .feed import Feed
 from .floors import Floors
@@ -72,6 +73,12 @@ class Hub:
         self.gateway = new_id(8)
         self.pull_prefix = subject.gateway_session(self.gateway, "")
         self.pull_expires_ns = int(settings.pull_expires_s * 1_000_000_000)
+        self.deletions = Deletions(
+            connection,
+            lambda name: subject.gateway_deleted(self.gateway, name),
+            at_once=max(1, settings.api_requests // 2),
+            most=settings.max_sessions,
+        )
         self.recent = RecentIds()
         self.feed = Feed(self)
         self.follows = Follows(self)
@@ -173,7 +180,7 @@ class Hub:
         session = self.by_consumer.get(words[at + 1])
         if session is None:
             consumers.nak(self.connection, reply, _STRAY_DELAY_S)
-            consumers.delete(self.connection, words[at].decode(), words[at + 1].decode())
+            self.deletions.add(words[at].decode(), words[at + 1].decode())
             return
         session.receive(words[at + 3], words[at + 4], reply, body)
 
@@ -341,7 +348,7 @@ class Hub:
             del self.users[session.user]
         if session.consumer:
             self.by_consumer.pop(session.consumer.encode(), None)
-            consumers.delete(self.connection, session.stream, session.consumer)
+            self.deletions.add(session.stream, session.consumer)
         self.expiries.discard(session)
         self.replaying.discard(session)
         self.blind.discard(session)

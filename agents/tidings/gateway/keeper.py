@@ -35,6 +35,7 @@ class Keeper:
     def __init__(self, hub: Hub, opener: Opener) -> None:
         self._hub = hub
         self._opener = opener
+        self._flushing = asyncio.Lock()
 
     # Cursors
 
@@ -53,7 +54,11 @@ class Keeper:
                 await self._end_blindness()
 
     async def flush(self) -> None:
-        """Write every cursor that moved, and the last ones of sessions that ended."""
+        """Write every cursor that moved, and the last ones of sessions that ended; one after the other."""
+        async with self._flushing:
+            await self._flush()
+
+    async def _flush(self) -> None:
         hub = self._hub
         while hub.moved or hub.released:
             released = list(islice(hub.released.values(), _SLICE))

@@ -109,7 +109,13 @@ class Settings:
     subscribe_callback_ttl_s: float = _number(60, 0, 86_400, "how long its answer counts")
     subscribe_callback_cache: int = _number(100_000, 0, 10_000_000, "most answers of it that are remembered")
     subscribe_callback_at_once: int = _number(32, 1, 10_000, "most questions to it that are under way")
-    consumer_starts: int = _number(64, 1, 4096, "most consumers that a gateway makes at a time")
+    consumer_starts: int = _number(64, 1, 4096, "most sessions that a gateway starts or mends at a time")
+    start_wait_s: float = _number(
+        2, 0.1, 10, "how long a device may wait to be started; who would wait longer is told when to come back"
+    )
+    entering_max: int = _number(
+        4096, 1, 1_000_000, "most connections that have no session yet; more are refused with HTTP status 503"
+    )
     delivery_marks: str = _text(
         "on", "note in the inbox when and where each was delivered first", choices=("on", "off")
     )
@@ -120,7 +126,11 @@ class Settings:
     )
     claim_timeout_ms: int = _number(100, 1, 10_000, "how long another gateway may take to hand a device over")
     probe_interval_s: float = _number(1, 0.1, 60, "how often a gateway asks each NATS node for one of its consumers")
-    drain_s: float = _number(4, 0, 300, "over how long a stopping gateway closes its sockets")
+    drain_notice_s: float = _number(
+        0, 0, 300, "how long a stopping gateway is not ready and still serves, so that a load balancer can notice"
+    )
+    drain_per_s: int = _number(500, 1, 100_000, "how many devices a second a stopping gateway sends away")
+    drain_s: float = _number(20, 0, 300, "after how long at most a stopping gateway has closed all its sockets")
 
     # The inbox agent
     inbox_batch: int = _number(256, 1, 10_000, "most notifications of one write")
@@ -139,6 +149,7 @@ class Settings:
     # All
     log_level: str = _text("info", "how much is logged", choices=("debug", "info", "warning", "error"))
     request_timeout_s: float = _number(5, 0.1, 60, "how long an answer of JetStream may take")
+    api_requests: int = _number(64, 1, 4096, "most requests that a process has under way at JetStream's API")
 
     def __post_init__(self) -> None:
         problems = _problems({item.name: getattr(self, item.name) for item in fields(self)})

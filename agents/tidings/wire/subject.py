@@ -200,6 +200,11 @@ def gateway_feed(gateway: str, number: int) -> str:
     return f"gw.{gateway}.feed.{number}"
 
 
+def gateway_deleted(gateway: str, consumer: str) -> str:
+    """Reply subject of the deletion of a consumer."""
+    return f"gw.{gateway}.deleted.{consumer}"
+
+
 def gateway_topics(gateway: str) -> str:
     """Asks a gateway to read a user's subscriptions again; it answers when they are in force there."""
     return f"gw.{gateway}.topics"
