@@ -35,6 +35,7 @@ from .hub import Hub
 from .keeper import Keeper
 from .leaving import Leaving
 from .opening import Opener, give_up
+from .porch import Porch, Runner
 from .requests import Requests
 
 __all__ = ["Gateway"]
@@ -63,7 +64,8 @@ class Gateway(Service):
         self._store = store
         self._routes = routes
         self._connection: Connection | None = None
-        self._runner: web.AppRunner | None = None
+        self._porch: Porch | None = None
+        self._runner: Runner | None = None
         self._hub: Hub | None = None
         self._door: Door | None = None
         self._authenticator: Authenticator | None = None
@@ -96,7 +98,9 @@ class Gateway(Service):
         await hub.feed.start(hub.floors[BROADCAST_PART])
         opener = Opener(hub)
         keeper = Keeper(hub, opener)
-        self._door = Door(hub, opener, authenticator, Requests(hub, self._entitlement))
+        self._porch = Porch(self._settings.strangers_max)
+        requests = Requests(hub, self._entitlement)
+        self._door = Door(hub, opener, self._porch, authenticator, requests)
         self._leaving = Leaving(hub, self._door, keeper)
         for loop in (
             keeper.write_cursors,
@@ -104,6 +108,7 @@ class Gateway(Service):
             keeper.keep_time,
             keeper.mend,
             keeper.probe,
+            keeper.watch_memory,
             hub.feed.mend,
             authenticator.revocations.follow,
         ):
@@ -123,14 +128,25 @@ class Gateway(Service):
         await asyncio.gather(*map(read, (*range(hub.topology.partitions), BROADCAST_PART)))
 
     async def _listen(self) -> None:
-        app = web.Application()
+        assert self._porch is not None
         assert self._door is not None
+        app = web.Application(middlewares=[self._porch.middleware()])
         app.router.add_get("/v1/ws", self._door.handle)
         app.router.add_get("/healthz", self._healthz)
         app.router.add_get("/readyz", self._readyz)
         if self._routes is not None:
             self._routes(app)
-        self._runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=1.0)
+        self._runner = Runner(
+            app,
+            self._porch,
+            access_log=None,
+            handle_signals=False,
+            shutdown_timeout=1.0,
+            # It also bounds how long a request may take to come.
+            keepalive_timeout=self._settings.hello_timeout_s,
+            # A body that nobody asked for is not waited for.
+            lingering_time=1.0,
+        )
         await self._runner.setup()
         host, port = self._settings.host, self._settings.port
         site = web.TCPSite(self._runner, host, port, backlog=4096)

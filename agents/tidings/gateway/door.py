@@ -32,7 +32,9 @@ from .authenticator import Authenticator
 from .conversation import Conversation
 from .handshake import refuse
 from .hub import Hub, new_id
+from .meter import CONNECT_FRAMES
 from .opening import Opener, Plan
+from .porch import Porch
 from .requests import Requests
 from .session import Session
 from .socket import Socket
@@ -40,6 +42,8 @@ from .socket import Socket
 __all__ = ["Door"]
 
 _RETRY_SPREAD_MS: Final = 3000
+_CROWDED_MS: Final = 30_000
+"""How long a device that is one too many stays away."""
 
 log = logging.getLogger("tidings.gateway")
 
@@ -47,7 +51,7 @@ log = logging.getLogger("tidings.gateway")
 class _Refused(Exception):
     """The connection ends here, with this close."""
 
-    def __init__(self, close: Close, message: str, code: str | None = None, after_ms: int | None = None) -> None:
+    def __init__(self, close: Close, message: str, code: str | None = None, *, after_ms: int | None = None) -> None:
         super().__init__(message)
         self.close = close
         self.code = code
@@ -58,8 +62,11 @@ class _Refused(Exception):
 class Door:
     """Handles ``GET /v1/ws``."""
 
-    def __init__(self, hub: Hub, opener: Opener, authenticator: Authenticator, requests: Requests) -> None:
+    def __init__(
+        self, hub: Hub, opener: Opener, porch: Porch, authenticator: Authenticator, requests: Requests
+    ) -> None:
         self._hub = hub
+        self._porch = porch
         self._opener = opener
         self._authenticator = authenticator
         self._requests = requests
@@ -75,14 +82,11 @@ class Door:
         refusal = refuse(request, settings)
         if refusal is not None:
             return refusal
-        socket = Socket(settings.frame_max_bytes, settings.write_buffer_bytes)
-        if len(self._entering) >= settings.entering_max:
-            # Not even a handshake: it would cost more than all that is asked for.
-            raise web.HTTPServiceUnavailable(headers={"Retry-After": str(1 + self._admission.come_back_ms() // 1000)})
+        socket = Socket(settings.frame_max_bytes, settings.write_buffer_bytes, self._hub.meters.limits)
         self._entering.add(socket)
         try:
             response = await socket.accept(request)
-            session = await self._enter(socket, request.headers.get("Authorization"))
+            session = await self._enter(socket, request)
             self._entering.discard(socket)
             if session is not None:
                 try:
@@ -98,6 +102,7 @@ class Door:
                 farewell = self._hub.bye(_RETRY_SPREAD_MS) if after is None else frames.bye(after)
             socket.dismiss(refused.close, farewell)
         finally:
+            self._porch.let_in(request.protocol)
             await socket.gone()
             self._entering.discard(socket)
         return response
@@ -108,7 +113,7 @@ class Door:
         for socket in list(self._entering):
             socket.dismiss(codes.RESTART, self._hub.bye(_RETRY_SPREAD_MS))
 
-    async def _enter(self, socket: Socket, authorization: str | None) -> Session | None:
+    async def _enter(self, socket: Socket, request: web.Request) -> Session | None:
         """Hello, identity, session. None when the connection ended or was taken over on the way."""
         settings = self._hub.settings
         if not self.open:
@@ -118,10 +123,12 @@ class Door:
                 frame = await socket.receive()
         except TimeoutError:
             raise _Refused(codes.NO_HELLO, f"no hello came within {settings.hello_timeout_s:g} s") from None
+        self._porch.let_in(request.protocol)
         if frame is None:
             return None
         hello = self._read_hello(frame)
-        who = await self._identify(hello, authorization)
+        who = await self._identify(hello, request.headers.get("Authorization"))
+        self._count(socket, who.user)
         device = who.device or hello.device or f"session-{new_id()}"
         if hello.device is not None and hello.device != device:
             raise _Refused(codes.NOT_ALLOWED, "the token is for another device than the hello names")
@@ -168,6 +175,15 @@ class Door:
         except NotAuthenticated as error:
             raise _Refused(codes.NOT_AUTHENTICATED, str(error)) from None
 
+    def _count(self, socket: Socket, user: str) -> None:
+        """From here on it is the user's account that a connection is on, and each costs something."""
+        now = self._hub.now()
+        socket.meter = self._hub.meters.of(user, now)
+        owed_s = socket.meter.frames(now, CONNECT_FRAMES)
+        if owed_s > 0:
+            message = f"more was sent than a user's devices may: come back in {owed_s:.0f} s, and send less"
+            raise _Refused(codes.TOO_MANY_REQUESTS, message, after_ms=int(owed_s * 1000))
+
     async def _join(
         self, socket: Socket, who: Device, device: str, window: int, since: Position | None
     ) -> Session | None:
@@ -178,11 +194,7 @@ class Door:
                 return None
             session = hub.find(who.user, device)
             if session is None:
-                if self._admission.full:
-                    after_ms = self._admission.come_back_ms()
-                    raise _Refused(codes.OVERLOADED, "too many devices come at a time", after_ms=after_ms)
-                if len(hub) >= hub.settings.max_sessions:
-                    raise _Refused(codes.OVERLOADED, f"this gateway has its {hub.settings.max_sessions} sessions")
+                self._check_room(who.user)
                 session = hub.add(who.user, device)
                 session.opening = hub.spawn(self._open(session, window, since))
             if session.suitor is not None:
@@ -214,6 +226,20 @@ class Door:
         if session.window.size != window:
             hub.spawn_for(session, self._resize(session, window))
         return session
+
+    def _check_room(self, user: str) -> None:
+        """Refuse one more session where there is no place for it, now or at all."""
+        hub = self._hub
+        if self._admission.full:
+            after_ms = self._admission.come_back_ms()
+            raise _Refused(codes.OVERLOADED, "too many devices come at a time", after_ms=after_ms)
+        if len(hub) >= hub.settings.max_sessions:
+            raise _Refused(codes.OVERLOADED, f"this gateway has its {hub.settings.max_sessions} sessions")
+        if hub.overloaded:
+            raise _Refused(codes.OVERLOADED, "this gateway has all the memory that it may")
+        if not hub.make_room(user):
+            message = f"{hub.settings.devices_max} devices of this user are connected here"
+            raise _Refused(codes.TOO_MANY_DEVICES, message, after_ms=_CROWDED_MS)
 
     async def _open(self, session: Session, window: int, since: Position | None) -> Plan | StreamUnavailable:
         try:

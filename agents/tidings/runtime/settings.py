@@ -95,6 +95,19 @@ class Settings:
     write_buffer_bytes: int = _number(262_144, 4096, 16_777_216, "most unsent bytes of one connection")
     write_stall_s: float = _number(10, 0.1, 600, "how long a client may leave its buffer full before it is closed")
     requests_per_session: int = _number(16, 1, 1000, "most inbox, mark and count requests under way on a connection")
+    client_frames_per_s: float = _number(
+        50, 0.1, 100_000, "frames a second of a user's devices on one gateway; acks of what they were sent are free"
+    )
+    client_frames_burst: int = _number(300, 10, 1_000_000, "how many of these frames may come at once")
+    client_bytes_per_s: float = _number(65_536, 100, 2**30, "bytes a second of a user's devices on one gateway")
+    client_bytes_burst: int = _number(1_048_576, 1024, 2**30, "how many of these bytes may come at once")
+    devices_max: int = _number(32, 1, 10_000, "most devices of a user on one gateway, lingering ones included")
+    strangers_max: int = _number(
+        5000, 10, 1_000_000, "most connections that have not said hello; above it the one that has not for longest goes"
+    )
+    memory_max_bytes: int = _number(
+        2_147_483_648, 0, 2**50, "above it, of the whole process, no new session is taken (Linux); 0 for no limit"
+    )
     pull_expires_s: float = _number(300, 1, 3600, "how long one pull request waits at the server")
     consumer_idle_s: float = _number(300, 10, 86_400, "how long a killed gateway's consumers stay")
     subscriptions_max: int = _number(10_000, 1, 1_000_000, "most subscriptions of a user")
@@ -112,9 +125,6 @@ class Settings:
     consumer_starts: int = _number(64, 1, 4096, "most sessions that a gateway starts or mends at a time")
     start_wait_s: float = _number(
         2, 0.1, 10, "how long a device may wait to be started; who would wait longer is told when to come back"
-    )
-    entering_max: int = _number(
-        4096, 1, 1_000_000, "most connections that have no session yet; more are refused with HTTP status 503"
     )
     delivery_marks: str = _text(
         "on", "note in the inbox when and where each was delivered first", choices=("on", "off")
@@ -225,6 +235,12 @@ def _problems(values: Mapping[str, Any]) -> dict[str, str]:
         )
     if "token_key" not in found:
         found.update(_secrets_problem(values["token_key"]))
+    if not found.keys() & {"client_bytes_burst", "frame_max_bytes"}:
+        burst, frame = values["client_bytes_burst"], values["frame_max_bytes"]
+        if burst < frame:
+            found["client_bytes_burst"] = (
+                f"client_bytes_burst is {burst}: it may not be below frame_max_bytes, which is {frame}"
+            )
     return found
 
 

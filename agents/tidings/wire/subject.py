@@ -44,6 +44,7 @@ __all__ = [
     "part_wildcard",
     "partition",
     "presence",
+    "readable",
     "revoked_device",
     "revoked_of",
     "revoked_user",
@@ -101,6 +102,12 @@ def unescape(token: str, what: str = "user id") -> str:
         if text and len(text) <= MAX_ID and escape(text, what) == token:
             return text
     raise BadSubject(f"{token[:80]!r} is not the escaped form of a {what}: escape it as %XX of its UTF-8 bytes")
+
+
+def readable(where: bytes) -> str:
+    """A subject as text. The server takes any bytes: those that are no UTF-8 become ``\\xff``, which no token of ours
+    has."""
+    return where.decode(errors="backslashreplace")
 
 
 def partition(token: str, partitions: int) -> int:
