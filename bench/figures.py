@@ -8,7 +8,7 @@ from typing import Any, Final, NamedTuple
 
 from .mallory import KINDS
 
-__all__ = ["HOSTILE", "PERSONAL", "TOPICS", "Figure", "summary", "table"]
+__all__ = ["HOSTILE", "LEAVING", "PERSONAL", "TOPICS", "Figure", "summary", "table"]
 
 
 class Figure(NamedTuple):
@@ -88,6 +88,25 @@ TOPICS: Final[tuple[Figure, ...]] = (
     Figure("broadcast_client_us", "Broadcast, not acknowledged: CPU of the load client", "µs a delivery", 1),
     Figure("acked_client_us", "Broadcast, each acknowledged at once: CPU of the load client", "µs a delivery", 1),
     Figure("broadcast_others_percent", "Broadcast: what others had of the servers' core", "% of a core", 1),
+)
+
+
+def _returns(kind: str, text: str) -> Iterable[Figure]:
+    yield Figure(f"{kind}_away_p50_s", f"{text}: a device was away, p50", "s", 2)
+    yield Figure(f"{kind}_away_p99_s", f"{text}: a device was away, p99", "s", 2)
+    yield Figure(f"{kind}_away_max_s", f"{text}: a device was away, longest", "s", 2)
+    yield Figure(f"{kind}_last_s", f"{text}: until the last device was back", "s", 1)
+    yield Figure(f"{kind}_refused", f"{text}: told to come later (4503)", "connects")
+    yield Figure(f"{kind}_failed", f"{text}: failed without a word", "connects")
+    yield Figure(f"{kind}_p50_ms", f"{text}: publish to device, absences included, p50", "ms", 1)
+    yield Figure(f"{kind}_p99_ms", f"{text}: publish to device, absences included, p99", "ms")
+    yield Figure(f"{kind}_copies", f"{text}: notifications that came twice", "")
+    yield Figure(f"{kind}_api_requests", f"{text}: most requests waiting at JetStream's API", "requests")
+
+
+LEAVING: Final[tuple[Figure, ...]] = (
+    *_returns("rolling", "Two gateways restarted, one after the other"),
+    *_returns("storm", "A gateway killed, all at once to another one"),
 )
 
 

@@ -17,7 +17,7 @@ import orjson
 import uvloop
 
 from bench.load import client_frame
-from tidings.runtime.tokens import issue
+from tidings.identity import issue
 from tidings.wire.frames import SUBPROTOCOL
 
 __all__ = ["KINDS"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,6 +20,9 @@ _SERVER = pytest.StashKey[CqlServer]()
 
 def pytest_configure(config: pytest.Config) -> None:
     """Where workers share the tests (``-n``), they share the CQL server too: they get its address."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # A shell script's background job ignores Ctrl-C, and so would every command that the tests start and stop.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
         stack = ExitStack()
         config.add_cleanup(stack.close)

@@ -19,7 +19,7 @@ from support.clock import PATIENCE_S
 from support.ledger import stored_ids
 from support.mesh import KEY, PARTITIONS, Agent, Mesh, running_mesh
 from support.rawclient import RawClient, frame
-from tidings.runtime.tokens import issue
+from tidings.identity import issue
 from tidings.stream.connection import Connection, connect
 from tidings.stream.topology import BROADCAST_PART, notify_stream
 from tidings.wire import codes, frames, subject

@@ -16,8 +16,8 @@ from support.device import Device
 from support.mesh import KEY, Mesh
 from support.rawclient import PING, PONG, TEXT, UPGRADE, RawClient, frame
 from tidings.gateway.agent import Gateway
+from tidings.identity import issue
 from tidings.runtime.settings import Settings
-from tidings.runtime.tokens import issue
 
 Start = Callable[..., Awaitable[Gateway]]
 LIMITS = {"client_frames_per_s": 1.0, "client_frames_burst": 100, "client_bytes_per_s": 1000}

@@ -6,11 +6,23 @@ import asyncio
 from typing import Final
 
 from tidings.wire import codes, frames
-from tidings.wire.errors import BadFrame
-from tidings.wire.frames import Ack, ClientFrame, Hello, InboxQuery, Mark, Ping, Request, Subscribe, Unsubscribe
+from tidings.wire.errors import BadFrame, KeysUnavailable, NotAllowed, NotAuthenticated
+from tidings.wire.frames import (
+    Ack,
+    ClientFrame,
+    Hello,
+    InboxQuery,
+    Mark,
+    Ping,
+    Renewal,
+    Request,
+    Subscribe,
+    Unsubscribe,
+)
 
+from .authenticator import Authenticator
 from .hub import Hub
-from .meter import GRACE_S
+from .meter import CONNECT_FRAMES, GRACE_S
 from .requests import Requests
 from .session import Session
 from .socket import Socket
@@ -25,11 +37,14 @@ _LIKE_A_FRAME: Final = 16
 class Conversation:
     """The frames of one attached client."""
 
-    __slots__ = ("_hub", "_refused", "_requests", "_session", "_socket", "_under_way")
+    __slots__ = ("_authenticator", "_hub", "_refused", "_requests", "_session", "_socket", "_under_way")
 
-    def __init__(self, hub: Hub, requests: Requests, session: Session, socket: Socket) -> None:
+    def __init__(
+        self, hub: Hub, requests: Requests, authenticator: Authenticator, session: Session, socket: Socket
+    ) -> None:
         self._hub = hub
         self._requests = requests
+        self._authenticator = authenticator
         self._session = session
         self._socket = socket
         self._under_way = 0
@@ -82,8 +97,30 @@ class Conversation:
                 self._refuse(frame, allowed)
                 return
             self._under_way += 1
-            task = self._hub.spawn_for(session, self._requests.answer(session, self._socket, frame))
+            if isinstance(frame, Renewal):
+                work = self._renew(frame)
+            else:
+                work = self._requests.answer(session, self._socket, frame)
+            task = self._hub.spawn_for(session, work)
             task.add_done_callback(self._answered)
+
+    async def _renew(self, frame: Renewal) -> None:
+        """A new token instead of the one before, which goes on where the new one is not good."""
+        session, socket = self._session, self._socket
+        try:
+            who = await self._authenticator.renew(session, frame.token)
+        except NotAllowed as error:
+            socket.dismiss(codes.NOT_ALLOWED, frames.error(error.code, str(error), frame.ref))
+        except NotAuthenticated as error:
+            refusal = frames.error(error.code, str(error), frame.ref)
+            if frame.ref is None and not isinstance(error, KeysUnavailable):
+                socket.dismiss(codes.NOT_AUTHENTICATED, refusal)
+            else:
+                socket.send(refusal)
+        else:
+            # Another connection of the device may have taken over meanwhile, with a token of its own.
+            if session.socket is socket:
+                socket.send(frames.ok(frame.ref, expires_in=self._hub.admit(session, who)))
 
     def _acknowledge(self, frame: Ack) -> None:
         """What settles a delivery is free: the gateway decides how many of these there are."""
@@ -95,7 +132,7 @@ class Conversation:
         if idle or not (frame.positions or frame.upto):
             self._may(1 + idle // _LIKE_A_FRAME)
 
-    def _refuse(self, request: Request, allowed: bool) -> None:
+    def _refuse(self, request: Request | Renewal, allowed: bool) -> None:
         if allowed:
             message = f"{self._under_way} requests are under way: wait for an answer"
         elif self._socket.congested():
@@ -112,7 +149,7 @@ class Conversation:
         self._refused = 0
 
 
-def _cost(request: Request) -> int:
+def _cost(request: Request | Renewal) -> int:
     """What a request counts, in frames."""
     if isinstance(request, InboxQuery):
         return 1 + request.limit // _LIKE_A_FRAME
@@ -120,4 +157,7 @@ def _cost(request: Request) -> int:
         return 1 + len(request.positions or ()) // _LIKE_A_FRAME
     if isinstance(request, Subscribe | Unsubscribe):
         return 1 + len(request.topics) // _LIKE_A_FRAME
+    if isinstance(request, Renewal):
+        # A signature is checked, as for a connection.
+        return CONNECT_FRAMES
     return 1

@@ -16,6 +16,7 @@ from typing import Any
 
 import orjson
 
+from tidings.identity import Device
 from tidings.runtime.settings import Settings
 from tidings.store.inbox import UserInbox
 from tidings.store.port import CursorUpdate, Holder, Store
@@ -27,6 +28,8 @@ from tidings.wire.codes import Close
 from tidings.wire.errors import StreamUnavailable
 from tidings.wire.position import Position
 
+from .deletions import Deletions
+from .expiry import Expiries
 from .feed import Feed
 from .floors import Floors
 from .follows import Follows
@@ -71,6 +74,12 @@ class Hub:
         self.gateway = new_id(8)
         self.pull_prefix = subject.gateway_session(self.gateway, "")
         self.pull_expires_ns = int(settings.pull_expires_s * 1_000_000_000)
+        self.deletions = Deletions(
+            connection,
+            lambda name: subject.gateway_deleted(self.gateway, name),
+            at_once=max(1, settings.api_requests // 2),
+            most=settings.max_sessions,
+        )
         self.recent = RecentIds()
         self.meters = Meters(
             Limits(
@@ -84,6 +93,7 @@ class Hub:
         """The process has as much memory as it may: no new sessions."""
         self.feed = Feed(self)
         self.follows = Follows(self)
+        self.expiries = Expiries(settings.token_leeway_s)
         self.users: dict[str, list[Session]] = {}
         self.by_consumer: dict[bytes, Session] = {}
         self.by_id: dict[str, Session] = {}
@@ -193,7 +203,7 @@ class Hub:
         session = self.by_consumer.get(words[at + 1])
         if session is None:
             consumers.nak(self.connection, reply, _STRAY_DELAY_S)
-            consumers.delete(self.connection, words[at].decode(), words[at + 1].decode())
+            self.deletions.add(words[at].decode(), words[at + 1].decode())
             return
         session.receive(words[at + 3], words[at + 4], reply, body)
 
@@ -306,6 +316,20 @@ class Hub:
 
     # Coming and going
 
+    def admit(self, session: Session, who: Device) -> int:
+        """From now on this token is the session's; returns in how many seconds it ends."""
+        session.identity = who
+        self.expiries.add(session, who.expires)
+        return max(0, int(who.expires - time.time()))
+
+    def expire(self, session: Session) -> None:
+        """The token is over: the client goes, and its session waits for a new one as for any that has gone."""
+        socket = session.socket
+        if socket is not None:
+            self.detach(session, socket, linger=True)
+            farewell = frames.error(codes.NOT_AUTHENTICATED.name, "the token has expired: get a new one")
+            socket.dismiss(codes.NOT_AUTHENTICATED, farewell)
+
     def attach(self, session: Session, socket: Socket) -> None:
         """The session has a socket: it is live."""
         session.socket = socket
@@ -347,7 +371,8 @@ class Hub:
             del self.users[session.user]
         if session.consumer:
             self.by_consumer.pop(session.consumer.encode(), None)
-            consumers.delete(self.connection, session.stream, session.consumer)
+            self.deletions.add(session.stream, session.consumer)
+        self.expiries.discard(session)
         self.replaying.discard(session)
         self.blind.discard(session)
         self.broken.pop(session, None)
@@ -404,5 +429,5 @@ class Hub:
         body = {"event": event, "device": session.device, "gateway": self.gateway, "time": time.time()}
         self.connection.send(subject.presence(session.token), orjson.dumps(body))
 
-    def bye(self, spread_ms: int, least_ms: int = 0) -> bytes:
-        return frames.bye(least_ms + secrets.randbelow(max(1, spread_ms)))
+    def bye(self, spread_ms: int) -> bytes:
+        return frames.bye(secrets.randbelow(max(1, spread_ms)))

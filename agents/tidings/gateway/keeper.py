@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from itertools import islice
 
 from tidings.runtime.backoff import Backoff
@@ -38,6 +39,7 @@ class Keeper:
     def __init__(self, hub: Hub, opener: Opener) -> None:
         self._hub = hub
         self._opener = opener
+        self._flushing = asyncio.Lock()
 
     # Cursors
 
@@ -56,7 +58,11 @@ class Keeper:
                 await self._end_blindness()
 
     async def flush(self) -> None:
-        """Write every cursor that moved, and the last ones of sessions that ended."""
+        """Write every cursor that moved, and the last ones of sessions that ended; one after the other."""
+        async with self._flushing:
+            await self._flush()
+
+    async def _flush(self) -> None:
         hub = self._hub
         while hub.moved or hub.released:
             released = list(islice(hub.released.values(), _SLICE))
@@ -119,7 +125,7 @@ class Keeper:
     # Time
 
     async def keep_time(self) -> None:
-        """Heartbeats, lingering and what the inbox part of a catch-up still waits for, four times a second."""
+        """Four times a second: heartbeats, lingering, tokens that end, what the inbox part of a catch-up waits for."""
         hub = self._hub
         tick = min(0.25, hub.settings.heartbeat_s / 4, max(0.05, hub.settings.linger_s / 4))
         owed = look_at = 0.0
@@ -130,6 +136,8 @@ class Keeper:
                 since, session = hub.lingering.popleft()
                 if session.state is SessionState.LINGERING and session.waiting_since == since:
                     hub.end(session)
+            for session in hub.expiries.due(time.time()):
+                hub.expire(session)
             owed += len(hub.heartbeats) * tick / hub.settings.heartbeat_s
             while owed >= 1 and hub.heartbeats:
                 owed -= 1
