@@ -16,6 +16,8 @@ from support.device import Device
 from support.mesh import KEY, Mesh
 from support.rawclient import PING, PONG, TEXT, UPGRADE, RawClient, frame
 from tidings.gateway.agent import Gateway
+from tidings.gateway.keeper import Keeper
+from tidings.gateway.opening import Opener
 from tidings.identity import issue
 from tidings.runtime.settings import Settings
 
@@ -250,7 +252,7 @@ async def test_memory_has_an_end(start: Start, mesh: Mesh) -> None:
         session.resend()
         await asyncio.sleep(0.01)
     object.__setattr__(gateway.hub.settings, "memory_max_bytes", 1)
-    gateway.spawn(gateway._keeper.watch_memory())  # type: ignore[union-attr]
+    gateway.spawn(Keeper(gateway.hub, Opener(gateway.hub)).watch_memory())
     await until(lambda: session.socket is None, "who does not read is closed")
     slow.resume()
     assert await slow.closed() == 4410
