@@ -17,9 +17,11 @@ __all__ = [
     "BadTopic",
     "ConnectionLost",
     "InvalidNotification",
+    "NoSuchLetter",
     "NotAuthenticated",
     "PublishRefused",
     "PublishUnconfirmed",
+    "ReplayRefused",
     "RequestRefused",
     "RowsRefused",
     "SessionClosed",
@@ -133,6 +135,18 @@ class PublishUnconfirmed(TidingsError):
     """No confirmation in time: it may be stored or not. Publish again with the same id."""
 
     code = "publish_unconfirmed"
+
+
+class NoSuchLetter(TidingsError):
+    """No dead letter has this id: it was replayed or dropped, is past its age, or never was."""
+
+    code = "no_such_letter"
+
+
+class ReplayRefused(TidingsError):
+    """A dead letter that would come back at once, or whose origin names nobody; it is kept."""
+
+    code = "replay_refused"
 
 
 class ConnectionLost(TidingsError):
