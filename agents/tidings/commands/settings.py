@@ -40,12 +40,14 @@ def _problems(file: Path | None) -> list[str]:
     """Of all values, those included that an agent reads only when it starts."""
     from tidings.runtime.entitlement import Entitlement
     from tidings.runtime.settings import Settings
+    from tidings.schema import Schemas
     from tidings.store.factory import open_store_url
 
     values, problems = Settings.examine(file=file)
     readers: tuple[tuple[str, Callable[[str], object]], ...] = (
         ("store_url", open_store_url),
         ("subscribe_rules", Entitlement),
+        ("schema_dir", lambda folder: Schemas.load(Path(folder) if folder else None)),
     )
     for name, reader in readers:
         try:

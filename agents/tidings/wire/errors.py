@@ -24,6 +24,7 @@ __all__ = [
     "ReplayRefused",
     "RequestRefused",
     "RowsRefused",
+    "SchemaViolation",
     "SessionClosed",
     "StartFailed",
     "StoreUnavailable",
@@ -83,6 +84,16 @@ class InvalidNotification(TidingsError):
     """A body that is no CloudEvents 1.0 event as Tidings carries it."""
 
     code = "invalid_notification"
+
+
+class SchemaViolation(InvalidNotification):
+    """An event that the schema of its type forbids; `pointer` (RFC 6901) says where."""
+
+    code = "schema_violation"
+
+    def __init__(self, pointer: str, problem: str) -> None:
+        super().__init__(f"{f'`{pointer[:200]}`' if pointer else 'the event'}: {problem}")
+        self.pointer = pointer
 
 
 class NotAuthenticated(TidingsError):
