@@ -21,7 +21,7 @@ BELOW = {
     # Its copies are published as any service's notifications are.
     "fanout": {"wire", "runtime", "stream", "store", "schema", "publish"},
     "client": {"wire", "runtime"},
-    "dev": {"wire", "runtime", "stream", "store", "publish", "gateway", "inbox", "fanout"},
+    "dev": {"wire", "runtime", "stream", "store", "schema", "publish", "gateway", "inbox", "fanout"},
 }
 OWNERS = {"nats": "stream", "sqlite3": "store", "cassandra": "store", "jsonschema_rs": "schema"}
 FORBIDDEN_IN_WIRE = {"asyncio", "socket", "time", "threading", "aiohttp", "nats", "sqlite3"}

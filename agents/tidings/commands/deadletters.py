@@ -190,10 +190,13 @@ async def _replay(connection: Connection, args: argparse.Namespace, settings: Se
     """Publish dead letters once more, to their user or topic, and take each out when the log has confirmed it. Safe to
     repeat. What would come back at once is refused and kept. Exit status 1 when one was refused or is not there.
     """
+    from tidings.schema import reader
     from tidings.stream import letters
 
+    check = reader(settings)
+
     async def replay(sequence: int) -> dict[str, Any]:
-        return (await letters.replay(connection, sequence))._asdict()
+        return (await letters.replay(connection, sequence, check=check))._asdict()
 
     return await _each(connection, args, replay, "replayed")
 

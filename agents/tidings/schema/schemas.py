@@ -77,6 +77,11 @@ class Schemas:
         folder = Path(settings.schema_dir) if settings.schema_dir else None
         return cls.load(folder, unknown="refuse" if settings.schema_unknown == "refuse" else "allow")
 
+    @classmethod
+    def checking(cls, settings: Settings) -> Self | None:
+        """What a publisher holds its own notifications against; None where ``schema_check`` is ``off``."""
+        return None if settings.schema_check == "off" else cls.of(settings)
+
     def types(self) -> list[EventType]:
         """All types that have a schema, by name."""
         return [
@@ -111,9 +116,9 @@ def reader(settings: Settings) -> Callable[[bytes], Envelope]:
 
     What is sampled follows from the id, so that every agent checks the same ones. Raises `BadSettings`.
     """
-    if settings.schema_check == "off":
+    schemas = Schemas.checking(settings)
+    if schemas is None:
         return notification.check
-    schemas = Schemas.of(settings)
     if settings.schema_check == "always":
         return schemas.check
     share = int(settings.schema_sample * _SHARES)
