@@ -24,6 +24,7 @@ __all__ = [
     "INBOX_FLOOR",
     "MAX_ID",
     "NOTIFY_WILDCARD",
+    "REVOKED_WILDCARD",
     "TOPICS_WILDCARD",
     "broadcast",
     "broadcast_pull",
@@ -44,6 +45,9 @@ __all__ = [
     "partition",
     "plane_of_dead",
     "presence",
+    "revoked_device",
+    "revoked_of",
+    "revoked_user",
     "token_of",
     "topic_of",
     "unescape",
@@ -59,6 +63,10 @@ DECIDED: Final = "decided"
 """Where fan-out agents note how a message goes out."""
 DEAD_WILDCARD: Final = "dead.>"
 INBOX_FLOOR: Final = "inbox.floor"
+REVOKED_WILDCARD: Final = "revoked.>"
+
+_LONGEST: Final = 3800
+"""What fits into NATS's control line (4,096 bytes) with a reply subject and sizes behind it."""
 
 _SAFE: Final = "-_~@+=,:!/"
 _PLAIN: Final = re.compile(rf"[A-Za-z0-9{re.escape(_SAFE)}]{{1,{MAX_ID}}}")
@@ -160,6 +168,29 @@ def dead(plane: str) -> str:
 def plane_of_dead(where: str) -> str:
     """The plane of a subject that `dead` made."""
     return where.removeprefix("dead.")
+
+
+def revoked_user(user: str) -> str:
+    """Where it is written that the tokens of a user are revoked."""
+    return f"revoked.user.{escape(user)}"
+
+
+def revoked_device(user: str, device: str) -> str:
+    """The same of one device; raises `BadSubject` for two ids that are too long for one subject."""
+    where = f"revoked.device.{escape(user)}.{escape(device, 'device id')}"
+    if len(where) > _LONGEST:
+        raise BadSubject("user id and device id are too long to be revoked together: revoke the user")
+    return where
+
+
+def revoked_of(where: str) -> tuple[str, str | None]:
+    """User and device (None: all of them) of a subject of `revoked_user` or `revoked_device`; raises `BadSubject`."""
+    match where.split("."):
+        case ["revoked", "user", user]:
+            return unescape(user), None
+        case ["revoked", "device", user, device]:
+            return unescape(user), unescape(device, "device id")
+    raise BadSubject(f"{where[:80]!r} is no subject of a revocation")
 
 
 def presence(token: str) -> str:
