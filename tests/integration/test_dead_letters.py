@@ -215,6 +215,22 @@ async def test_drop(nats: RunningNats) -> None:
     assert [letter.sequence async for letter in letters.each(nats.connection)] == [other]
 
 
+async def test_foreign_messages(nats: RunningNats) -> None:
+    """What somebody else left in the stream is shown as far as it goes, and is never replayed to a guess."""
+    await nats.connection.store("dead.user", event(), {"Tidings-Attempts": "many", "Tidings-User": "%zz"})
+    await nats.connection.store("dead.user", b"")
+    strange, empty = [letter async for letter in letters.each(nats.connection)]
+    assert (strange.attempts, strange.user, strange.describe()["notification"]["id"]) == (0, None, "like-1")
+    assert (empty.reason, empty.origin, empty.body, empty.describe()["base64"]) == ("unknown", None, b"", "")
+    assert await letters.look(nats.connection, strange.sequence) == strange
+    for letter in (strange, empty):
+        with pytest.raises(ReplayRefused):
+            await letters.replay(nats.connection, letter.sequence)
+    for nowhere in (0, -1, 10**30):
+        with pytest.raises(NoSuchLetter):
+            await letters.look(nats.connection, nowhere)
+
+
 async def deadletters(nats_url: str, *arguments: str) -> Command:
     return await answer("deadletters", *arguments, TIDINGS_NATS_URL=nats_url)
 

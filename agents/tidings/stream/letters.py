@@ -86,7 +86,7 @@ class Letter(NamedTuple):
 
     @property
     def attempts(self) -> int:
-        return int(self.headers.get("Tidings-Attempts", "0"))
+        return _number(self.headers.get("Tidings-Attempts")) or 0
 
     @property
     def origin(self) -> str | None:
@@ -96,17 +96,12 @@ class Letter(NamedTuple):
     @property
     def user(self) -> str | None:
         """Whose it was; None for a topic's, and where the subject names nobody."""
-        token = self.headers.get("Tidings-User") or subject.token_of(self.origin or "")
-        try:
-            return subject.unescape(token) if token else None
-        except BadSubject:
-            return None
+        return _named(self.headers.get("Tidings-User") or subject.token_of(self.origin or ""))
 
     @property
     def device(self) -> str | None:
         """The device that did not acknowledge it, of ``undelivered`` ones."""
-        token = self.headers.get("Tidings-Device")
-        return subject.unescape(token, "device id") if token else None
+        return _named(self.headers.get("Tidings-Device"))
 
     @property
     def topic(self) -> str | None:
@@ -118,7 +113,6 @@ class Letter(NamedTuple):
 
     def describe(self, *, body: bool = True) -> dict[str, Any]:
         """As a JSON-ready object; the bytes as ``notification`` where they are JSON, else as ``base64``."""
-        sequence = self.headers.get("Tidings-Sequence")
         return {
             "id": self.sequence,
             "plane": self.plane,
@@ -130,10 +124,21 @@ class Letter(NamedTuple):
             "device": self.device,
             "origin": self.origin,
             "stream": self.headers.get("Tidings-Stream"),
-            "sequence": None if sequence is None else int(sequence),
+            "sequence": _number(self.headers.get("Tidings-Sequence")),
             "attempts": self.attempts,
             **(readable(self.body) if body else {}),
         }
+
+
+def _named(token: str | None) -> str | None:
+    try:
+        return subject.unescape(token) if token else None
+    except BadSubject:
+        return None
+
+
+def _number(text: str | None) -> int | None:
+    return int(text) if text is not None and text.isdecimal() else None
 
 
 def readable(body: bytes) -> dict[str, Any]:
@@ -198,7 +203,10 @@ async def page(
     before: int | None = None,
     after: int | None = None,
 ) -> Page:
-    """A page of letters: newest first, older than `before`; or with `after` oldest first, newer than that."""
+    """A page of letters: newest first, older than `before`; or with `after` oldest first, newer than that.
+
+    All of it is in memory, bodies too. A replica answers, which may lag the leader for a moment.
+    """
     first, last = await _bounds(connection)
     if after is not None:
         return await _oldest_first(connection, wanted, limit, after, last)
@@ -225,7 +233,7 @@ async def page(
 async def _oldest_first(connection: Connection, wanted: Filter, limit: int, after: int, last: int) -> Page:
     found: list[Letter] = []
     seen = 0
-    async with aclosing(_read(connection, after + 1, last)) as letters:
+    async with aclosing(_read(connection, max(after, 0) + 1, last)) as letters:
         async for letter in letters:
             seen += 1
             if wanted.matches(letter):
@@ -248,6 +256,8 @@ async def each(
 
 async def look(connection: Connection, sequence: int) -> Letter:
     """One letter; raises `NoSuchLetter`."""
+    if not _may_be(sequence):
+        raise NoSuchLetter(_gone(sequence))
     try:
         found = await connection.api(f"STREAM.MSG.GET.{DEAD}", {"seq": sequence})
     except ApiError as error:
@@ -288,6 +298,8 @@ async def replay(
 
 async def discard(connection: Connection, sequence: int) -> bool:
     """Delete a letter; False when it is gone already."""
+    if not _may_be(sequence):
+        return False
     try:
         await connection.api(f"STREAM.MSG.DELETE.{DEAD}", {"seq": sequence})
     except ApiError as error:
@@ -305,6 +317,10 @@ async def drop(connection: Connection, sequence: int) -> None:
 
 def _gone(sequence: int) -> str:
     return f"there is no dead letter {sequence}: it was replayed or dropped, is past its age, or never was"
+
+
+def _may_be(sequence: int) -> bool:
+    return 0 < sequence < 2**63
 
 
 def _destination(letter: Letter) -> str:
