@@ -231,18 +231,23 @@ async def _each(
                 more = True
                 break
             ids.append(letter.sequence)
-    refused = 0
-    for sequence in ids:
-        try:
-            result = await work(sequence)
-        except (NoSuchLetter, ReplayRefused) as error:
-            refused += 1
-            print(f"tidings: {_printable(str(error))}", file=sys.stderr)
-            continue
-        if args.json:
-            _print_json({"id": sequence, done: True, **result})
-    if not args.json:
-        print(f"{len(ids) - refused} {done}" + (f", {refused} not" if refused else ""))
+    count = refused = 0
+    try:
+        for sequence in ids:
+            try:
+                result = await work(sequence)
+            except (NoSuchLetter, ReplayRefused) as error:
+                refused += 1
+                print(f"tidings: {_printable(str(error))}", file=sys.stderr)
+                continue
+            count += 1
+            if args.json:
+                _print_json({"id": sequence, done: True, **result})
+                # Whoever is stopped half-way has said what is done.
+                sys.stdout.flush()
+    finally:
+        if not args.json:
+            print(f"{count} {done}" + (f", {refused} not" if refused else ""))
     if more:
         print(f"there are more than {args.limit}: go on with the same command", file=sys.stderr)
     return 1 if refused else 0
