@@ -15,9 +15,9 @@ from typing import Any, Final
 
 import orjson
 import uvloop
-from tidings.runtime.tokens import issue
 
 from bench.load import client_frame
+from tidings.identity import issue
 from tidings.wire.frames import SUBPROTOCOL
 
 __all__ = ["KINDS"]

@@ -9,7 +9,6 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
-from tidings.runtime.tokens import issue
 from websockets.asyncio.client import connect
 
 from support.clock import PATIENCE_S, until
@@ -17,6 +16,7 @@ from support.device import Device
 from support.mesh import KEY, Mesh
 from support.rawclient import PING, PONG, TEXT, UPGRADE, RawClient, frame
 from tidings.gateway.agent import Gateway
+from tidings.identity import issue
 from tidings.runtime.settings import Settings
 
 Start = Callable[..., Awaitable[Gateway]]
