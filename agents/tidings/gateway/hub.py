@@ -19,8 +19,9 @@ import orjson
 from tidings.runtime.settings import Settings
 from tidings.store.inbox import UserInbox
 from tidings.store.port import CursorUpdate, Holder, Store
-from tidings.stream import consumers
+from tidings.stream import consumers, gateways
 from tidings.stream.connection import Connection
+from tidings.stream.floors import Floors
 from tidings.stream.topology import BROADCAST_PART, Topology
 from tidings.wire import codes, frames, subject
 from tidings.wire.codes import Close
@@ -28,7 +29,6 @@ from tidings.wire.errors import StreamUnavailable
 from tidings.wire.position import Position
 
 from .feed import Feed
-from .floors import Floors
 from .follows import Follows
 from .recent import RecentIds
 from .session import Session, SessionState
@@ -367,9 +367,7 @@ class Hub:
         """Send frames to all live sessions of a user, here and on the other gateways that hold one."""
         self.tell_here(user, told, but=but)
         elsewhere = {holder.gateway for holder in await self.store.holders(user)} - {self.gateway}
-        message = orjson.dumps({"user": user, "frames": [frame.decode() for frame in told]})
-        for gateway in elsewhere:
-            self.connection.send(subject.gateway_user(gateway), message)
+        gateways.tell(self.connection, elsewhere, user, told)
 
     def tell_here(self, user: str, told: list[bytes], *, but: Session | None = None) -> None:
         for session in self.live(user):
