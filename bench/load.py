@@ -22,7 +22,7 @@ import uvloop
 
 from bench.publisher import EVERYBODY, user_of
 from bench.waiting import until
-from tidings.runtime.tokens import issue
+from tidings.identity import issue
 from tidings.wire.frames import SUBPROTOCOL
 
 __all__ = ["Device", "Fleet", "Shared", "client_frame"]

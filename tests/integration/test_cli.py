@@ -19,8 +19,9 @@ from support.command import answer, processes_of, tidings
 from support.device import Device
 from support.mesh import KEY, Mesh
 from tidings import __version__
+from tidings.identity import Device as DeviceToken
+from tidings.identity import Verifier, issue
 from tidings.runtime.settings import Settings
-from tidings.runtime.tokens import Identity, issue, verify
 from tidings.stream.server import NatsServer
 
 PARTITIONS = 4
@@ -153,9 +154,10 @@ async def test_token_prints_a_token(state: Path) -> None:
     before = int(time.time())
     ran = await answer("token", "--user", "alice", "--device", "phone", "--ttl", "15m", "--state", state)
     assert (ran.process.returncode, len(ran.lines)) == (0, 1)
-    identity = verify(KEY, ran.out[0])
-    assert identity[:2] == Identity("alice", "phone", 0)[:2]
-    assert before + 900 <= identity.expires <= time.time() + 900
+    token = await Verifier(Settings(token_key=KEY)).verify(ran.out[0])
+    assert isinstance(token, DeviceToken)
+    assert token[:2] == ("alice", "phone")
+    assert before + 900 <= token.expires <= time.time() + 900
 
 
 async def test_token_for_nobody(state: Path) -> None:

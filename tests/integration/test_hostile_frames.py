@@ -17,7 +17,7 @@ from support.faulty import FaultyStore
 from support.mesh import KEY, Mesh
 from tidings.gateway import session as session_module
 from tidings.gateway.agent import Gateway
-from tidings.runtime.tokens import issue
+from tidings.identity import issue
 from tidings.stream import consumers
 from tidings.wire import codes, subject
 from tidings.wire.position import Position

@@ -87,6 +87,6 @@ def _as_text(notification: Notification) -> str:
 
 def _issue(args: argparse.Namespace, ttl_s: int) -> str:
     from tidings.dev.state import read_key
-    from tidings.runtime.tokens import issue
+    from tidings.identity import issue
 
     return issue(read_key(args.state), args.user, args.device, ttl_s)

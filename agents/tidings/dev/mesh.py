@@ -227,7 +227,7 @@ async def _apply_schema(url: str) -> None:
 def embedded(
     settings: Settings, folder: StateFolder, nats_url: str, key: str, store_url: str | None = None
 ) -> Settings:
-    """The settings of a mesh on a state folder: its own server, store and key, whatever the environment says.
+    """The settings of a mesh on a state folder: its own server, store and keys, whatever the environment says.
 
     `store_url` is for an inbox that is not in the folder.
     """
@@ -239,6 +239,10 @@ def embedded(
         replicas=1,
         store_url=store_url or folder.store_url,
         token_key=key,
+        token_key_file="",
+        token_jwks_url="",
+        token_issuer="",
+        token_audience="",
         drain_s=min(settings.drain_s, _DRAIN_S),
     )
 

@@ -15,6 +15,7 @@ from typing import Final
 
 from aiohttp import web
 
+from tidings.identity import Verifier
 from tidings.runtime.service import Service
 from tidings.runtime.settings import Settings
 from tidings.store.guard import GuardedStore
@@ -52,10 +53,7 @@ class Gateway(Service):
         self, settings: Settings, store: Store, *, routes: Callable[[web.Application], None] | None = None
     ) -> None:
         super().__init__()
-        if not settings.token_key:
-            raise StartFailed(
-                "token_key is not set: give the gateway TIDINGS_TOKEN_KEY, such as `openssl rand -hex 32`"
-            )
+        self._verifier = Verifier(settings)
         self._settings = settings
         self._store = store
         self._routes = routes
@@ -74,6 +72,7 @@ class Gateway(Service):
         return self._hub
 
     async def _start(self) -> None:
+        await self._verifier.open()
         self._connection = connection = await connect(
             self._settings, "tidings-gateway", lost=self._cut_off, found=self._reconnected
         )
@@ -87,7 +86,7 @@ class Gateway(Service):
         await hub.feed.start(hub.floors[BROADCAST_PART])
         opener = Opener(hub)
         self._keeper = keeper = Keeper(hub, opener)
-        self._door = Door(hub, opener)
+        self._door = Door(hub, opener, self._verifier)
         for loop in (
             keeper.write_cursors,
             keeper.write_notes,
@@ -233,6 +232,7 @@ class Gateway(Service):
             await self._runner.cleanup()
         if self._connection is not None:
             await self._connection.finish()
+        await self._verifier.close()
 
     # Health
 
@@ -246,6 +246,8 @@ class Gateway(Service):
             problems.append(f"the gateway is {self.state.value}")
         if self._connection is None or not self._connection.is_connected:
             problems.append("no connection to NATS")
+        if self._verifier.problem is not None:
+            problems.append(self._verifier.problem)
         try:
             if self._hub is not None:
                 await self._hub.store.check()

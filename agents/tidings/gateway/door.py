@@ -8,12 +8,20 @@ from typing import Final
 
 from aiohttp import web
 
-from tidings.runtime.tokens import Identity, verify
+from tidings.identity import Caller, Device, Verifier
 from tidings.store.port import Holder
 from tidings.stream import consumers
 from tidings.wire import codes, frames
 from tidings.wire.codes import Close
-from tidings.wire.errors import BadFrame, BadPosition, BadSubject, NotAuthenticated, StoreUnavailable, StreamUnavailable
+from tidings.wire.errors import (
+    BadFrame,
+    BadPosition,
+    BadSubject,
+    KeysUnavailable,
+    NotAuthenticated,
+    StoreUnavailable,
+    StreamUnavailable,
+)
 from tidings.wire.frames import Hello
 from tidings.wire.position import Place, Position
 from tidings.wire.subject import escape
@@ -44,9 +52,10 @@ class _Refused(Exception):
 class Door:
     """Handles ``GET /v1/ws``."""
 
-    def __init__(self, hub: Hub, opener: Opener) -> None:
+    def __init__(self, hub: Hub, opener: Opener, verifier: Verifier) -> None:
         self._hub = hub
         self._opener = opener
+        self._verifier = verifier
         self._requests = Requests(hub)
         self.open = True
         """Cleared when the gateway drains."""
@@ -98,7 +107,7 @@ class Door:
         if frame is None:
             return None
         hello = self._read_hello(frame)
-        identity = self._identify(hello, authorization)
+        identity = await self._identify(hello, authorization)
         device = identity.device or hello.device or f"session-{new_id()}"
         if hello.device is not None and hello.device != device:
             raise _Refused(codes.NOT_ALLOWED, "the token is for another device than the hello names")
@@ -120,7 +129,7 @@ class Door:
             raise _Refused(codes.BAD_FRAME, str(error)) from None
         return hello
 
-    def _identify(self, hello: Hello, authorization: str | None) -> Identity:
+    async def _identify(self, hello: Hello, authorization: str | None) -> Device:
         token = hello.token
         if token is None and authorization is not None:
             scheme, _, token = authorization.partition(" ")
@@ -129,9 +138,14 @@ class Door:
         if not token:
             raise _Refused(codes.NOT_AUTHENTICATED, "a token is missing: send it in the hello or as a bearer header")
         try:
-            return verify(self._hub.settings.token_key, token)
+            who = await self._verifier.verify(token)
+        except KeysUnavailable as error:
+            raise _Refused(codes.OVERLOADED, str(error), error.code) from None
         except NotAuthenticated as error:
             raise _Refused(codes.NOT_AUTHENTICATED, str(error)) from None
+        if isinstance(who, Caller):
+            raise _Refused(codes.NOT_ALLOWED, "the token is a service's: a device needs a user's")
+        return who
 
     async def _join(
         self, socket: Socket, user: str, device: str, window: int, since: Position | None

@@ -17,9 +17,12 @@ from urllib.parse import urlsplit
 
 from tidings.wire.errors import BadSettings
 
-__all__ = ["ENVIRONMENT_PREFIX", "Settings"]
+__all__ = ["ENVIRONMENT_PREFIX", "Settings", "secrets_of"]
 
 ENVIRONMENT_PREFIX: Final = "TIDINGS_"
+
+_LEAST_SECRET: Final = 32
+_MOST_SECRETS: Final = 8
 
 
 def _number(default: float, least: float, most: float, text: str) -> Any:
@@ -56,7 +59,25 @@ class Settings:
     # The gateway
     host: str = _text("127.0.0.1", "address to listen on")
     port: int = _number(8080, 0, 65_535, "port to listen on; 0 for any")
-    token_key: str = _text("", "secret that signs device tokens (HS256), at least 32 characters")
+    token_key: str = _text(
+        "", "secrets of tokens (HS256), comma-separated, at least 32 characters each: the first signs, all verify"
+    )
+    token_key_file: str = _text(
+        "", "path of the public keys of tokens: one in PEM, or a JWK Set (needs tidings[crypto])"
+    )
+    token_jwks_url: str = _text("", "address of the public keys of tokens, a JWK Set (needs tidings[crypto])")
+    token_jwks_refresh_s: float = _number(300, 1, 86_400, "how often the keys at token_jwks_url are read")
+    token_jwks_pause_s: float = _number(10, 0.05, 3600, "least time between two readings for unknown keys of tokens")
+    token_jwks_timeout_s: float = _number(5, 0.1, 60, "how long token_jwks_url may take to answer")
+    token_issuer: str = _text("", "what the claim `iss` of every token must be; empty for anything")
+    token_audience: str = _text(
+        "",
+        "names of this mesh, comma-separated: the claim `aud` must have one; where empty, no token may have an `aud`",
+    )
+    token_leeway_s: float = _number(10, 0, 300, "how far clocks may be apart when the times of a token are checked")
+    token_ttl_max_s: int = _number(
+        604_800, 60, 31_536_000, "longest life of a token: others are refused; revocations are kept so long"
+    )
     max_sessions: int = _number(15_000, 1, 1_000_000, "most sessions of one gateway, lingering ones included")
     hello_timeout_s: float = _number(10, 0.1, 300, "how long a connection may take to say hello")
     window: int = _number(64, 1, 1000, "most unacknowledged notifications of a session that asks for no other number")
@@ -144,6 +165,11 @@ class Settings:
         ]
 
 
+def secrets_of(text: str) -> list[str]:
+    """The secrets of the setting `token_key`, the one that signs first."""
+    return [secret for part in text.split(",") if (secret := part.strip())]
+
+
 def _is_server(text: str) -> bool:
     try:
         parts = urlsplit(text if "://" in text else f"nats://{text}")
@@ -173,9 +199,26 @@ def _problems(values: Mapping[str, Any]) -> dict[str, str]:
         found["window"] = (
             f"window is {values['window']}: it may not be above window_max, which is {values['window_max']}"
         )
-    if "token_key" not in found and 0 < len(values["token_key"]) < 32:
-        found["token_key"] = "token_key is too short: give at least 32 characters, such as `openssl rand -hex 32`"
+    if "token_key" not in found:
+        found.update(_secrets_problem(values["token_key"]))
     return found
+
+
+def _secrets_problem(text: str) -> dict[str, str]:
+    secrets = secrets_of(text)
+    if any("-----BEGIN" in secret for secret in secrets):
+        return {"token_key": "token_key is a key in PEM: a public one belongs into a file, named by token_key_file"}
+    if any(len(secret) < _LEAST_SECRET for secret in secrets):
+        return {
+            "token_key": f"token_key is too short: give at least {_LEAST_SECRET} characters, such as "
+            "`openssl rand -hex 32`"
+        }
+    if len(secrets) > _MOST_SECRETS:
+        return {
+            "token_key": f"token_key has {len(secrets)} secrets: each token is tried with all, so at most "
+            f"{_MOST_SECRETS} are allowed"
+        }
+    return {}
 
 
 def _problem(name: str, value: Any, rule: Mapping[str, Any]) -> str | None:

@@ -22,6 +22,7 @@ __all__ = [
     "MARKS",
     "MAX_PAGE",
     "MAX_POSITIONS",
+    "MAX_TOKEN",
     "MAX_TOPICS",
     "SUBPROTOCOL",
     "Ack",
@@ -58,6 +59,9 @@ MAX_POSITIONS: Final = 1000
 """Most positions that one ``ack`` or ``mark`` may list."""
 MAX_PAGE: Final = 200
 """Most rows of one inbox page."""
+
+MAX_TOKEN: Final = 8192
+"""Most characters of a token."""
 
 MAX_TOPICS: Final = 500
 """Most topics of one ``sub`` or ``unsub``, and of one answer to ``subs``."""
@@ -193,7 +197,7 @@ def _listed(frame: dict[str, Any]) -> list[str]:
 
 def _hello(frame: dict[str, Any], ref: Ref) -> Hello:
     return Hello(
-        _text(frame, "token", 8192),
+        _text(frame, "token", MAX_TOKEN),
         _text(frame, "device", 200),
         _integer(frame, "window", 1, 1000),
         _text(frame, "since", 256),
