@@ -115,7 +115,7 @@ class DevMesh(Service):
         changes = await topology.plan(connection, self.settings)
         made = [change.body["name"] for change in changes if change.request.startswith("STREAM.CREATE.")]
         # A state folder of before there were topics, or broadcasts, has no streams for them yet.
-        later = (topology.TOPICS, topology.DECISIONS, topology.BROADCAST)
+        later = (topology.TOPICS, topology.DECISIONS, topology.BROADCAST, topology.KEYS)
         lost = [name for name in made if name not in later]
         if self.folder.marker.streams_made and lost:
             raise TopologyMismatch(f"missing {', '.join(lost)}")

@@ -2,7 +2,7 @@
 
 from tidings.wire.errors import BadSubject, InvalidNotification, PublishRefused, PublishUnconfirmed, StreamUnavailable
 
-from .attempt import Event, Receipt
+from .attempt import Event, Ready, Receipt
 from .publisher import Publisher
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "PublishRefused",
     "PublishUnconfirmed",
     "Publisher",
+    "Ready",
     "Receipt",
     "StreamUnavailable",
 ]

@@ -6,6 +6,7 @@
 | ``TOPICS`` | ``notify.topic.>``: what services publish to topics | ``fanout`` |
 | ``BROADCAST`` | ``broadcast.>``: what goes to a topic's many subscribers as one message | ``inbox`` |
 | ``DECISIONS`` | ``decided``: which topic messages go out as copies, and which as a broadcast | |
+| ``KEYS`` | ``claimed``: which request each idempotency key of the HTTP api came with first | |
 | ``DEAD`` | ``dead.>``: what could not be understood or delivered | |
 
 The mapping is the server's configuration (an account's, in production); `probe_mapping` finds out whether it is
@@ -38,6 +39,7 @@ __all__ = [
     "DECISIONS",
     "FANOUT",
     "INBOX",
+    "KEYS",
     "TOPICS",
     "Change",
     "Topology",
@@ -57,12 +59,13 @@ BROADCAST: Final = "BROADCAST"
 BROADCAST_PART: Final = -1
 """Stands for `BROADCAST` where others are numbers of partitions."""
 DECISIONS: Final = "DECISIONS"
+KEYS: Final = "KEYS"
 INBOX: Final = "inbox"
 """The inbox agents' durable consumer, one a partition."""
 FANOUT: Final = "fanout"
 """The fan-out agents' durable consumer, on `TOPICS`."""
 
-_SHARED: Final = (TOPICS, BROADCAST, DECISIONS, DEAD)
+_SHARED: Final = (TOPICS, BROADCAST, DECISIONS, KEYS, DEAD)
 _PARTITIONS: Final = "tidings_partitions"
 _INCARNATION: Final = "tidings_incarnation"
 _HEADER_ROOM: Final = 4096
@@ -189,7 +192,8 @@ async def plan(connection: Connection, settings: Settings) -> list[Change]:
             + (f" Set TIDINGS_PARTITIONS={made_for}" if made_for.isdecimal() else "")
         )
     partitions = (_notify(settings, number) for number in range(settings.partitions))
-    for config in (*partitions, _topics(settings), _broadcast(settings), _decisions(settings), _dead(settings)):
+    shared = (_topics, _broadcast, _decisions, _keys, _dead)
+    for config in (*partitions, *(make(settings) for make in shared)):
         changes.extend(_stream_change(config, found.get(config["name"])))
     for number in (*range(settings.partitions), BROADCAST_PART):
         stream = notify_stream(number)
@@ -273,6 +277,15 @@ def _decisions(settings: Settings) -> dict[str, Any]:
         # What a duplicate refers to is there for as long as it is known to be one.
         "max_age": 2 * window,
         "duplicate_window": window,
+    }
+
+
+def _keys(settings: Settings) -> dict[str, Any]:
+    return {
+        **_decisions(settings),
+        "name": KEYS,
+        "description": "Tidings: what each idempotency key of the HTTP api stands for",
+        "subjects": [subject.CLAIMED],
     }
 
 
