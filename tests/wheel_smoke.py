@@ -78,7 +78,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        with running("dev", "--port", "0", "--nats-port", "0") as mesh:
+        with running("dev", "--port", "0", "--api-port", "0", "--nats-port", "0") as mesh:
             page = mesh.said(r"Page +(http://\S+)")
             nats = mesh.said(r"NATS +(nats://\S+)")
             with urllib.request.urlopen(page, timeout=PATIENCE_S) as answer:

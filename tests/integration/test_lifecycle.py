@@ -22,6 +22,7 @@ from support.clock import PATIENCE_S, SCALE, until
 from support.command import processes_of, taken_port
 from support.device import Device
 from support.mesh import KEY, Mesh, running_mesh
+from tidings.api.agent import Api
 from tidings.client import Client
 from tidings.dev.mesh import DevMesh
 from tidings.fanout.agent import FanoutAgent
@@ -211,9 +212,11 @@ class Makers:
             return InboxAgent(settings, self.mesh.store)
         if kind == "fanout":
             return FanoutAgent(settings, self.mesh.store)
+        if kind == "api":
+            return Api(settings, self.mesh.store)
         if kind == "nats-server":
             return NatsServer(self.own, partitions=4)
-        return DevMesh(Settings(port=0, drain_s=0.1, **changed), self.own, nats_port=0)
+        return DevMesh(Settings(port=0, api_port=0, drain_s=0.1, **changed), self.own, nats_port=0)
 
     def check_no_process(self) -> None:
         assert processes_of(self.own) == []

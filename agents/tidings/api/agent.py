@@ -34,8 +34,6 @@ from .gate import Gate
 
 __all__ = ["Api"]
 
-_LEAVE_S: Final = 5.0
-"""What is under way when the agent stops has so long to be answered."""
 _LINGER_S: Final = 2.0
 
 
@@ -82,7 +80,7 @@ class Api(Service):
             app,
             access_log=None,
             handle_signals=False,
-            shutdown_timeout=_LEAVE_S,
+            shutdown_timeout=self._settings.api_publish_timeout_s,
             lingering_time=_LINGER_S,
             auto_decompress=False,
         )
@@ -134,7 +132,7 @@ class Api(Service):
 
     async def _stop(self) -> None:
         if self._runner is not None:
-            # Takes no new connections, and waits for what is under way, up to `_LEAVE_S`.
+            # Takes no new connections, and waits for what is under way, as long as a publish may take.
             await self._runner.cleanup()
         if self._publisher is not None:
             await self._publisher.close()

@@ -70,7 +70,7 @@ class Idempotency:
         if len(given) > 1 or not _KEY.fullmatch(text):
             raise Refused(
                 "bad_parameter",
-                "an idempotency key has 1 to 255 visible ASCII characters without quotes and backslashes: such as a UUID",
+                "an idempotency key has 1 to 255 visible ASCII characters, no quotes, no backslashes: such as a UUID",
                 parameter=HEADER,
             )
         return IdempotencyKey(call.service.name, text)

@@ -161,8 +161,10 @@ def _read_event(given: Any, at: Path, who: Caller, topic: str | None, id_: str) 
     if type(given) is not dict:
         raise Refused("invalid_body", "this must be an object: a CloudEvents 1.0 event", pointer=pointer_to(*at))
     event = {"specversion": "1.0", "id": id_, "source": who.name, **_with_time(given)}
-    if topic is not None and event.setdefault("topic", topic) != topic:
-        raise Refused("invalid_body", f"the event goes to the topic {topic!r}", pointer=pointer_to(*at, "topic"))
+    if topic is not None:
+        if "topic" in event:
+            raise Refused("invalid_body", "the event gets the topic that it goes to", pointer=pointer_to(*at, "topic"))
+        event["topic"] = topic
     with located(at):
         try:
             body = orjson.dumps(event)
