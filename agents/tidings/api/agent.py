@@ -1,8 +1,8 @@
 """The HTTP api agent.
 
-Reads: requests over HTTP; the store's inbox, subscriptions and routing table; inbox floors (core NATS).
-Writes: notifications to the log, as any service does; what an idempotency key stands for to ``KEYS``; marks and
-subscriptions to the store; what devices and gateways are told of both (core NATS).
+Reads: requests over HTTP; the store's inbox, subscriptions and routing table; inbox floors (core NATS); ``REVOCATIONS``.
+Writes: notifications to the log, as any service does; what an idempotency key stands for to ``KEYS``; revocations;
+marks and subscriptions to the store; what devices and gateways are told of both (core NATS).
 Acks when: the log has confirmed what was published; the store has committed a mark; a subscription is in force on every
 gateway that has a device of the user.
 Crash costs: requests under way get no answer. Each may be sent again: published under the same ids, or the same
@@ -25,6 +25,7 @@ from tidings.store.guard import GuardedStore
 from tidings.store.port import Store
 from tidings.stream import topology
 from tidings.stream.connection import Connection, connect
+from tidings.stream.revocations import Revocations
 from tidings.wire import subject
 from tidings.wire.errors import StartFailed, TidingsError
 
@@ -54,6 +55,7 @@ class Api(Service):
         self._connection: Connection | None = None
         self._publisher: Publisher | None = None
         self._backing: Backing | None = None
+        self._revocations: Revocations | None = None
         self._runner: web.AppRunner | None = None
         self._site: web.TCPSite | None = None
         self.port = 0
@@ -62,7 +64,9 @@ class Api(Service):
     async def _start(self) -> None:
         settings = self._settings
         await self._verifier.open()
-        self._connection = connection = await connect(settings, "tidings-api", found=self._reconnected)
+        self._connection = connection = await connect(
+            settings, "tidings-api", lost=self._cut_off, found=self._reconnected
+        )
         found = await topology.discover(connection)
         await topology.check_topics(connection)
         self._publisher = Publisher(connection, timeout_s=settings.api_publish_timeout_s)
@@ -71,7 +75,13 @@ class Api(Service):
         self._backing = backing = Backing(settings, connection, store, self._publisher, found)
         await connection.listen(subject.INBOX_FLOOR, self._heard_floors)
         await backing.floors.read(connection)
-        await self._listen(make_app(backing, Gate(settings, self._verifier), self._unready, self._observer))
+        self._revocations = revocations = Revocations(connection, settings)
+        # Before anybody is let in: who does not know what was revoked lets everybody in.
+        await revocations.open()
+        self.spawn(revocations.follow())
+        clock = asyncio.get_running_loop().time
+        gate = Gate(settings, self._verifier, revocations, clock)
+        await self._listen(make_app(backing, gate, self._unready, self._observer))
         self.log.info("the api listens on %s:%d", settings.api_host, self.port)
 
     async def _listen(self, app: web.Application) -> None:
@@ -118,7 +128,13 @@ class Api(Service):
             floors.outdated = False
             self.spawn(self._rediscover(self._backing))
 
+    async def _cut_off(self) -> None:
+        if self._revocations is not None:
+            self._revocations.cut_off()
+
     async def _reconnected(self) -> None:
+        if self._revocations is not None:
+            self._revocations.found()
         if self._backing is not None:
             self.spawn(self._rediscover(self._backing))
 

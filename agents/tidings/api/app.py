@@ -24,6 +24,7 @@ from .inbox import Inbox
 from .limits import Room, header_fields
 from .problems import Refused
 from .publishing import Publishing
+from .revoking import Revoking
 from .subscriptions import Subscriptions
 
 __all__ = ["Observer", "make_app", "routes"]
@@ -53,6 +54,7 @@ def routes(backing: Backing, gate: Gate) -> Sequence[Route]:
         Route("POST", f"{of_user}/marks", inbox.mark, "inbox:write"),
         Route("GET", f"{of_user}/subscriptions", subscriptions.page, "subscriptions:read"),
         Route("POST", f"{of_user}/subscriptions", subscriptions.add, "subscriptions:write"),
+        Route("POST", "/v1/revocations", Revoking(backing).revoke, "revoke"),
         Route("DELETE", f"{of_user}/subscriptions", subscriptions.remove, "subscriptions:write"),
     )
 
@@ -82,7 +84,7 @@ class _Frame:
     def __init__(self, settings: Settings, observer: Observer | None) -> None:
         self._write_timeout_s = settings.api_write_timeout_s
         self._room = Room(settings.api_concurrency, "overloaded", "requests")
-        self._origins = Origins(settings.api_origins)
+        self._origins = Origins(settings.allowed_origins)
         self._observer = observer
         self.answer = web.middleware(self._answer)
 

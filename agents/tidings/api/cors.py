@@ -1,4 +1,4 @@
-"""CORS: pages of the origins that are listed may use the api. Nobody's, where none is.
+"""CORS: pages of the origins that may connect to a gateway may use the api. Nobody's, where none is listed.
 
 No cookie is ever read, so that an origin can do nothing but what its page has a token for.
 
@@ -12,8 +12,11 @@ from typing import Final
 
 from aiohttp import hdrs, web
 
+from tidings.runtime.settings import listed
+
 __all__ = ["Origins"]
 
+_ANY: Final = "*"
 _METHODS: Final = "GET, POST, DELETE"
 _REQUEST_HEADERS: Final = "Authorization, Content-Type, Idempotency-Key"
 _ANSWER_HEADERS: Final = "RateLimit, RateLimit-Policy, Retry-After"
@@ -21,10 +24,10 @@ _MAX_AGE_S: Final = "600"
 
 
 class Origins:
-    """The origins of the setting `api_origins`."""
+    """The origins of the setting `allowed_origins`; ``*`` is any."""
 
     def __init__(self, setting: str) -> None:
-        self._allowed = frozenset(one.strip().rstrip("/").lower() for one in setting.split(",") if one.strip())
+        self._allowed = frozenset(one.lower() for one in listed(setting))
 
     def preflight(self, request: web.Request) -> web.Response | None:
         """The answer to a browser that asks first; None for anything else."""
@@ -52,4 +55,5 @@ class Origins:
         }
 
     def _allows(self, request: web.Request) -> bool:
-        return request.headers.get(hdrs.ORIGIN, "").lower() in self._allowed
+        origin = request.headers.get(hdrs.ORIGIN)
+        return origin is not None and (_ANY in self._allowed or origin.lower() in self._allowed)

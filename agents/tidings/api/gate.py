@@ -6,7 +6,6 @@ Nobody learns who exists: an unknown user has an empty inbox.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Final, NamedTuple
 
@@ -14,6 +13,7 @@ from aiohttp import hdrs, web
 
 from tidings.identity import Caller, Device, Verifier
 from tidings.runtime.settings import Settings
+from tidings.stream.revocations import Revocations
 from tidings.wire.errors import BadSubject, NotAuthenticated
 from tidings.wire.subject import escape
 
@@ -56,11 +56,13 @@ class Route(NamedTuple):
 
 
 class Gate:
-    """Lets requests of tokens that `verifier` knows through. `clock` gives seconds that never go back."""
+    """Lets requests of tokens through that `verifier` knows and nobody has revoked. `clock` gives seconds that never go back."""
 
-    def __init__(self, settings: Settings, verifier: Verifier, clock: Callable[[], float] | None = None) -> None:
+    def __init__(
+        self, settings: Settings, verifier: Verifier, revocations: Revocations, clock: Callable[[], float]
+    ) -> None:
         self._verifier = verifier
-        clock = clock or asyncio.get_running_loop().time
+        self._revocations = revocations
         self._services = Limiter(Policy("credential", settings.api_requests_per_minute, _MINUTE), clock)
         self._users = Limiter(Policy("user", settings.api_user_requests_per_minute, _MINUTE), clock)
         self._notifications = Limiter(Policy("notifications", settings.api_notifications_per_minute, _MINUTE), clock)
@@ -95,7 +97,10 @@ class Gate:
         scheme, _, token = given[0].partition(" ")
         if len(given) > 1 or scheme.lower() != "bearer" or not token.strip():
             raise NotAuthenticated("the header must be one, and be like Authorization: Bearer …")
-        return await self._verifier.verify(token.strip())
+        who = await self._verifier.verify(token.strip())
+        if isinstance(who, Device) and self._revocations.refuse(who.user, who.device, who.issued):
+            raise NotAuthenticated("the token was revoked: sign in again")
+        return who
 
     def _take(self, request: web.Request, limiter: Limiter, key: str, units: int = 1) -> None:
         verdict = limiter.take(key, units)

@@ -125,8 +125,8 @@ class DevMesh(Service):
     async def _apply(self, connection: Connection) -> None:
         changes = await topology.plan(connection, self.settings)
         made = [change.body["name"] for change in changes if change.request.startswith("STREAM.CREATE.")]
-        # A state folder of before there were topics, or broadcasts, has no streams for them yet.
-        later = (topology.TOPICS, topology.DECISIONS, topology.BROADCAST, topology.KEYS)
+        # A state folder of before there were topics, broadcasts, keys or revocations has no streams for them yet.
+        later = (topology.TOPICS, topology.DECISIONS, topology.BROADCAST, topology.KEYS, topology.REVOCATIONS)
         lost = [name for name in made if name not in later]
         if self.folder.marker.streams_made and lost:
             raise TopologyMismatch(f"missing {', '.join(lost)}")

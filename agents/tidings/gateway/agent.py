@@ -1,6 +1,7 @@
 """The gateway agent.
 
-Reads: the personal plane's streams, one consumer a session; inbox floors (core NATS); the store's cursors and inbox.
+Reads: the personal plane's streams, one consumer a session; inbox floors (core NATS); the store's cursors and inbox;
+revocations.
 Writes: WebSocket frames; cursors and marks to the store; dead letters to ``DEAD``; presence (core NATS).
 Acks when: the client has acknowledged the notification, or it is durable as a dead letter, or it is nobody's.
 Crash costs: the acks of the last `cursor_flush_s` seconds, which come again as duplicates; its clients reconnect to
@@ -26,6 +27,7 @@ from tidings.stream.topology import BROADCAST_PART
 from tidings.wire import codes, subject
 from tidings.wire.errors import StartFailed, TidingsError
 
+from .admission import Admission
 from .door import Door
 from .hub import Hub
 from .keeper import Keeper
@@ -61,6 +63,7 @@ class Gateway(Service):
         self._runner: web.AppRunner | None = None
         self._hub: Hub | None = None
         self._door: Door | None = None
+        self._admission: Admission | None = None
         self._keeper: Keeper | None = None
         self.port = 0
         """The port that is listened on, once started."""
@@ -79,6 +82,9 @@ class Gateway(Service):
         found = await topology.discover(connection)
         store = GuardedStore(self._store, self._settings.store_timeout_s)
         self._hub = hub = Hub(self._settings, store, connection, found, self.spawn)
+        self._admission = admission = Admission(hub, self._verifier)
+        # Before anybody is let in: a gateway that does not know what was revoked is none.
+        await admission.revocations.open()
         await hub.floors.read(connection)
         await connection.listen(subject.INBOX_FLOOR, self._heard_floors)
         await connection.listen(subject.gateway_wildcard(hub.gateway), self._receive)
@@ -86,7 +92,7 @@ class Gateway(Service):
         await hub.feed.start(hub.floors[BROADCAST_PART])
         opener = Opener(hub)
         self._keeper = keeper = Keeper(hub, opener)
-        self._door = Door(hub, opener, self._verifier)
+        self._door = Door(hub, opener, admission)
         for loop in (
             keeper.write_cursors,
             keeper.write_notes,
@@ -94,6 +100,7 @@ class Gateway(Service):
             keeper.mend,
             keeper.probe,
             hub.feed.mend,
+            admission.revocations.follow,
         ):
             self.spawn(loop())
         connection.gulp_s = _GULP_S
@@ -157,6 +164,8 @@ class Gateway(Service):
     async def _cut_off(self) -> None:
         if self._hub is not None:
             self._hub.follows.cut_off()
+        if self._admission is not None:
+            self._admission.revocations.cut_off()
 
     async def _reconnected(self) -> None:
         """The connection to NATS is back: no pull survived it, and perhaps no consumer."""
@@ -164,6 +173,8 @@ class Gateway(Service):
         if hub is None or self._connection is None:
             return
         self.log.info("the connection to NATS is back")
+        if self._admission is not None:
+            self._admission.revocations.found()
         for session in list(hub.by_consumer.values()):
             session.pull()
         hub.feed.lost()
@@ -246,6 +257,8 @@ class Gateway(Service):
             problems.append(f"the gateway is {self.state.value}")
         if self._connection is None or not self._connection.is_connected:
             problems.append("no connection to NATS")
+        if self._admission is not None and not self._admission.revocations.current:
+            problems.append("it is not known which tokens are revoked")
         if self._verifier.problem is not None:
             problems.append(self._verifier.problem)
         try:

@@ -6,9 +6,10 @@ import asyncio
 from typing import Final
 
 from tidings.wire import codes, frames
-from tidings.wire.errors import BadFrame
-from tidings.wire.frames import Ack, ClientFrame, Hello, Ping
+from tidings.wire.errors import BadFrame, KeysUnavailable, NotAllowed, NotAuthenticated
+from tidings.wire.frames import Ack, ClientFrame, Hello, Ping, Renewal
 
+from .admission import Admission
 from .hub import Hub
 from .requests import Requests
 from .session import Session
@@ -22,11 +23,12 @@ _MOST_REFUSED: Final = 100
 class Conversation:
     """The frames of one attached client."""
 
-    __slots__ = ("_hub", "_refused", "_requests", "_session", "_socket", "_under_way")
+    __slots__ = ("_admission", "_hub", "_refused", "_requests", "_session", "_socket", "_under_way")
 
-    def __init__(self, hub: Hub, requests: Requests, session: Session, socket: Socket) -> None:
+    def __init__(self, hub: Hub, requests: Requests, admission: Admission, session: Session, socket: Socket) -> None:
         self._hub = hub
         self._requests = requests
+        self._admission = admission
         self._session = session
         self._socket = socket
         self._under_way = 0
@@ -71,8 +73,30 @@ class Conversation:
                 self._socket.dismiss(codes.TOO_MANY_REQUESTS, refusal)
         else:
             self._under_way += 1
-            task = self._hub.spawn_for(session, self._requests.answer(session, self._socket, frame))
+            if isinstance(frame, Renewal):
+                work = self._renew(frame)
+            else:
+                work = self._requests.answer(session, self._socket, frame)
+            task = self._hub.spawn_for(session, work)
             task.add_done_callback(self._answered)
+
+    async def _renew(self, frame: Renewal) -> None:
+        """A new token instead of the one before, which goes on where the new one is not good."""
+        session, socket = self._session, self._socket
+        try:
+            who = await self._admission.renew(session, frame.token)
+        except NotAllowed as error:
+            socket.dismiss(codes.NOT_ALLOWED, frames.error(error.code, str(error), frame.ref))
+        except NotAuthenticated as error:
+            refusal = frames.error(error.code, str(error), frame.ref)
+            if frame.ref is None and not isinstance(error, KeysUnavailable):
+                socket.dismiss(codes.NOT_AUTHENTICATED, refusal)
+            else:
+                socket.send(refusal)
+        else:
+            # Another connection of the device may have taken over meanwhile, with a token of its own.
+            if session.socket is socket:
+                socket.send(frames.ok(frame.ref, expires_in=self._hub.admit(session, who)))
 
     def _answered(self, task: asyncio.Task[None]) -> None:
         self._under_way -= 1

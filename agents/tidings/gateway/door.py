@@ -8,7 +8,7 @@ from typing import Final
 
 from aiohttp import web
 
-from tidings.identity import Caller, Device, Verifier
+from tidings.identity import Device
 from tidings.store.port import Holder
 from tidings.stream import consumers
 from tidings.wire import codes, frames
@@ -18,6 +18,7 @@ from tidings.wire.errors import (
     BadPosition,
     BadSubject,
     KeysUnavailable,
+    NotAllowed,
     NotAuthenticated,
     StoreUnavailable,
     StreamUnavailable,
@@ -26,7 +27,9 @@ from tidings.wire.frames import Hello
 from tidings.wire.position import Place, Position
 from tidings.wire.subject import escape
 
+from .admission import Admission
 from .conversation import Conversation
+from .handshake import refuse
 from .hub import Hub, new_id
 from .opening import Opener, Plan
 from .requests import Requests
@@ -52,10 +55,10 @@ class _Refused(Exception):
 class Door:
     """Handles ``GET /v1/ws``."""
 
-    def __init__(self, hub: Hub, opener: Opener, verifier: Verifier) -> None:
+    def __init__(self, hub: Hub, opener: Opener, admission: Admission) -> None:
         self._hub = hub
         self._opener = opener
-        self._verifier = verifier
+        self._admission = admission
         self._requests = Requests(hub)
         self.open = True
         """Cleared when the gateway drains."""
@@ -65,6 +68,9 @@ class Door:
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """One connection, from handshake to close."""
         settings = self._hub.settings
+        refusal = refuse(request, settings)
+        if refusal is not None:
+            return refusal
         socket = Socket(settings.frame_max_bytes, settings.write_buffer_bytes)
         response = await socket.accept(request)
         self._entering.add(socket)
@@ -73,7 +79,7 @@ class Door:
             self._entering.discard(socket)
             if session is not None:
                 try:
-                    await Conversation(self._hub, self._requests, session, socket).run()
+                    await Conversation(self._hub, self._requests, self._admission, session, socket).run()
                 finally:
                     self._hub.detach(session, socket, linger=socket.may_return)
         except _Refused as refused:
@@ -107,12 +113,14 @@ class Door:
         if frame is None:
             return None
         hello = self._read_hello(frame)
-        identity = await self._identify(hello, authorization)
-        device = identity.device or hello.device or f"session-{new_id()}"
+        who = await self._identify(hello, authorization)
+        device = who.device or hello.device or f"session-{new_id()}"
         if hello.device is not None and hello.device != device:
             raise _Refused(codes.NOT_ALLOWED, "the token is for another device than the hello names")
+        # Before it can put another connection of the device out.
+        self._check_revoked(who, device)
         window = min(hello.window or settings.window, settings.window_max)
-        return await self._join(socket, identity.user, device, window, _since(hello))
+        return await self._join(socket, who, device, window, _since(hello))
 
     def _read_hello(self, frame: str | bytes) -> Hello:
         try:
@@ -138,26 +146,31 @@ class Door:
         if not token:
             raise _Refused(codes.NOT_AUTHENTICATED, "a token is missing: send it in the hello or as a bearer header")
         try:
-            who = await self._verifier.verify(token)
+            return await self._admission.identify(token)
         except KeysUnavailable as error:
             raise _Refused(codes.OVERLOADED, str(error), error.code) from None
         except NotAuthenticated as error:
             raise _Refused(codes.NOT_AUTHENTICATED, str(error)) from None
-        if isinstance(who, Caller):
-            raise _Refused(codes.NOT_ALLOWED, "the token is a service's: a device needs a user's")
-        return who
+        except NotAllowed as error:
+            raise _Refused(codes.NOT_ALLOWED, str(error)) from None
+
+    def _check_revoked(self, who: Device, device: str) -> None:
+        try:
+            self._admission.check(who, device)
+        except NotAuthenticated as error:
+            raise _Refused(codes.NOT_AUTHENTICATED, str(error)) from None
 
     async def _join(
-        self, socket: Socket, user: str, device: str, window: int, since: Position | None
+        self, socket: Socket, who: Device, device: str, window: int, since: Position | None
     ) -> Session | None:
         """Take the device's session over, or start one. The newest socket of a device wins, at every await."""
         hub = self._hub
         while True:
-            session = hub.find(user, device)
+            session = hub.find(who.user, device)
             if session is None:
                 if len(hub) >= hub.settings.max_sessions:
                     raise _Refused(codes.OVERLOADED, f"this gateway has its {hub.settings.max_sessions} sessions")
-                session = hub.add(user, device)
+                session = hub.add(who.user, device)
                 session.opening = hub.spawn(self._open(session, window, since))
             if session.suitor is not None:
                 session.suitor.dismiss(codes.REPLACED)
@@ -174,7 +187,16 @@ class Door:
                 break
             # It ended while we waited, or went to another gateway behind our back: begin anew.
             hub.end(session, keep_cursor=False)
-        self._attach(session, socket, since, plan if session.opening is not None else None, unread)
+        try:
+            # It may have been revoked since it came.
+            self._check_revoked(who, device)
+        except _Refused:
+            if session.identity is None:
+                # Made for this one, and nobody else came for it.
+                hub.end(session)
+            raise
+        expires_in = hub.admit(session, who)
+        self._attach(session, socket, since, plan if session.opening is not None else None, unread, expires_in)
         session.opening = None
         if session.window.size != window:
             hub.spawn_for(session, self._resize(session, window))
@@ -220,6 +242,7 @@ class Door:
         since: Position | None,
         plan: Plan | None,
         unread: int | None,
+        expires_in: int,
     ) -> None:
         """The hand-over, in one turn of the loop: welcome, then what was missed, then what is live."""
         hub = self._hub
@@ -238,6 +261,7 @@ class Door:
                 unread=unread,
                 window=session.window.size,
                 heartbeat=hub.settings.heartbeat_s,
+                expires_in=expires_in,
             )
         )
         if plan is None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import orjson
 
+from tidings.identity import Device
 from tidings.runtime.settings import Settings
 from tidings.store.inbox import UserInbox
 from tidings.store.port import CursorUpdate, Holder, Store
@@ -28,6 +29,7 @@ from tidings.wire.codes import Close
 from tidings.wire.errors import StreamUnavailable
 from tidings.wire.position import Position
 
+from .expiry import Expiries
 from .feed import Feed
 from .follows import Follows
 from .recent import RecentIds
@@ -73,6 +75,7 @@ class Hub:
         self.recent = RecentIds()
         self.feed = Feed(self)
         self.follows = Follows(self)
+        self.expiries = Expiries(settings.token_leeway_s)
         self.users: dict[str, list[Session]] = {}
         self.by_consumer: dict[bytes, Session] = {}
         self.by_id: dict[str, Session] = {}
@@ -283,6 +286,20 @@ class Hub:
 
     # Coming and going
 
+    def admit(self, session: Session, who: Device) -> int:
+        """From now on this token is the session's; returns in how many seconds it ends."""
+        session.identity = who
+        self.expiries.add(session, who.expires)
+        return max(0, int(who.expires - time.time()))
+
+    def expire(self, session: Session) -> None:
+        """The token is over: the client goes, and its session waits for a new one as for any that has gone."""
+        socket = session.socket
+        if socket is not None:
+            self.detach(session, socket, linger=True)
+            farewell = frames.error(codes.NOT_AUTHENTICATED.name, "the token has expired: get a new one")
+            socket.dismiss(codes.NOT_AUTHENTICATED, farewell)
+
     def attach(self, session: Session, socket: Socket) -> None:
         """The session has a socket: it is live."""
         session.socket = socket
@@ -325,6 +342,7 @@ class Hub:
         if session.consumer:
             self.by_consumer.pop(session.consumer.encode(), None)
             consumers.delete(self.connection, session.stream, session.consumer)
+        self.expiries.discard(session)
         self.replaying.discard(session)
         self.blind.discard(session)
         self.broken.pop(session, None)

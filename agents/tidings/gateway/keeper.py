@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from itertools import islice
 
 from tidings.runtime.backoff import Backoff
@@ -115,7 +116,7 @@ class Keeper:
     # Time
 
     async def keep_time(self) -> None:
-        """Heartbeats, lingering and what the inbox part of a catch-up still waits for, four times a second."""
+        """Four times a second: heartbeats, lingering, tokens that end, what the inbox part of a catch-up waits for."""
         hub = self._hub
         tick = min(0.25, hub.settings.heartbeat_s / 4, max(0.05, hub.settings.linger_s / 4))
         owed = look_at = 0.0
@@ -126,6 +127,8 @@ class Keeper:
                 since, session = hub.lingering.popleft()
                 if session.state is SessionState.LINGERING and session.waiting_since == since:
                     hub.end(session)
+            for session in hub.expiries.due(time.time()):
+                hub.expire(session)
             owed += len(hub.heartbeats) * tick / hub.settings.heartbeat_s
             while owed >= 1 and hub.heartbeats:
                 owed -= 1

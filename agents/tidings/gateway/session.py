@@ -19,6 +19,7 @@ import enum
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from tidings.identity import Device
 from tidings.store.port import Cursor
 from tidings.stream import consumers
 from tidings.stream.topology import notify_stream
@@ -64,6 +65,7 @@ class Session:
         "gap",
         "hub",
         "id",
+        "identity",
         "incarnation",
         "lane",
         "live_stream",
@@ -94,6 +96,8 @@ class Session:
         self.prefix = str(Position(self.incarnation, 0))[:-1]
         self.state = SessionState.STARTING
         self.socket: Socket | None = None
+        self.identity: Device | None = None
+        """What the last client's token says; None before the first one."""
         self.window: Window
         self.lane: Lane | None = None
         """The broadcasts, of a user who follows something."""

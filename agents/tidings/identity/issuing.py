@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import jwt
 
-from tidings.runtime.settings import secrets_of
+from tidings.runtime.settings import listed
 from tidings.wire.errors import NotAuthenticated
 from tidings.wire.subject import escape
 
@@ -44,7 +44,7 @@ def issue_service(key: str, name: str, scope: str, ttl_s: int = 3600, *, issuer:
 
 
 def _sign(key: str, claims: dict[str, Any], ttl_s: int, issuer: str, audience: str) -> str:
-    secrets = secrets_of(key)
+    secrets = listed(key)
     if not secrets:
         raise NotAuthenticated("there is no secret to sign with: set token_key")
     now = int(time.time())

@@ -13,7 +13,7 @@ import jwt
 import orjson
 from jwt.algorithms import has_crypto
 
-from tidings.runtime.settings import secrets_of
+from tidings.runtime.settings import listed
 from tidings.wire.errors import BadKeys, StartFailed
 
 __all__ = ["ALGORITHMS", "MAX_DOCUMENT_BYTES", "Key", "candidates", "need_crypto", "read_document", "secret_keys"]
@@ -42,7 +42,7 @@ def need_crypto() -> None:
 
 def secret_keys(text: str) -> list[Key]:
     """The shared secrets of the setting `token_key`; one without a name each."""
-    return [Key(None, "HS256", secret) for secret in secrets_of(text)]
+    return [Key(None, "HS256", secret) for secret in listed(text)]
 
 
 def candidates(keys: Sequence[Key], algorithm: str, kid: str | None) -> list[Key]:

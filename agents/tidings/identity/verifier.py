@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import jwt
 
-from tidings.runtime.settings import Settings
+from tidings.runtime.settings import Settings, listed
 from tidings.wire.errors import BadSubject, KeysUnavailable, NotAuthenticated, StartFailed
 from tidings.wire.frames import MAX_TOKEN
 from tidings.wire.subject import escape
@@ -55,7 +55,7 @@ class Verifier:
         self._secrets = secret_keys(settings.token_key)
         self._file = FileKeys(settings.token_key_file) if settings.token_key_file else None
         self._url = _url_keys(settings) if settings.token_jwks_url else None
-        self._audience = [part.strip() for part in settings.token_audience.split(",") if part.strip()]
+        self._audience = listed(settings.token_audience)
 
     async def open(self) -> None:
         """Read the keys. Raises `BadSettings` for a file without any; an address that is down is tried again."""

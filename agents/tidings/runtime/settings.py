@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from tidings.wire.errors import BadSettings
 
-__all__ = ["ENVIRONMENT_PREFIX", "Settings", "secrets_of"]
+__all__ = ["ENVIRONMENT_PREFIX", "Settings", "listed"]
 
 ENVIRONMENT_PREFIX: Final = "TIDINGS_"
 
@@ -78,6 +78,11 @@ class Settings:
     token_ttl_max_s: int = _number(
         604_800, 60, 31_536_000, "longest life of a token: others are refused; revocations are kept so long"
     )
+    allowed_origins: str = _text(
+        "",
+        "origins whose pages may connect, comma-separated, such as https://app.example.com; * for any; empty for the "
+        "gateway's own",
+    )
     max_sessions: int = _number(15_000, 1, 1_000_000, "most sessions of one gateway, lingering ones included")
     hello_timeout_s: float = _number(10, 0.1, 300, "how long a connection may take to say hello")
     window: int = _number(64, 1, 1000, "most unacknowledged notifications of a session that asks for no other number")
@@ -126,7 +131,6 @@ class Settings:
     # The HTTP api agent
     api_host: str = _text("127.0.0.1", "address that the HTTP api listens on")
     api_port: int = _number(8081, 0, 65_535, "port of the HTTP api; 0 for any")
-    api_origins: str = _text("", "origins whose pages may use the HTTP api (CORS), comma-separated; empty for none")
     api_body_max_bytes: int = _number(1_048_576, 32_768, 67_108_864, "largest body of a request")
     api_body_timeout_s: float = _number(10, 0.1, 300, "how long the body of a request may take to arrive")
     api_write_timeout_s: float = _number(10, 0.1, 300, "how long a client may take to read its answer")
@@ -184,9 +188,9 @@ class Settings:
         ]
 
 
-def secrets_of(text: str) -> list[str]:
-    """The secrets of the setting `token_key`, the one that signs first."""
-    return [secret for part in text.split(",") if (secret := part.strip())]
+def listed(text: str) -> list[str]:
+    """The values of a setting that has several, with commas between them."""
+    return [value for part in text.split(",") if (value := part.strip())]
 
 
 def _is_server(text: str) -> bool:
@@ -224,7 +228,7 @@ def _problems(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _secrets_problem(text: str) -> dict[str, str]:
-    secrets = secrets_of(text)
+    secrets = listed(text)
     if any("-----BEGIN" in secret for secret in secrets):
         return {"token_key": "token_key is a key in PEM: a public one belongs into a file, named by token_key_file"}
     if any(len(secret) < _LEAST_SECRET for secret in secrets):

@@ -12,9 +12,11 @@ __all__ = [
     "CLOSES",
     "ERRORS",
     "PROBLEMS",
+    "REFUSALS",
     "Close",
     "ErrorCode",
     "Problem",
+    "Refusal",
     "catalogue",
     "close_of",
     "may_retry",
@@ -49,10 +51,18 @@ class Problem(NamedTuple):
     retry: bool
 
 
+class Refusal(NamedTuple):
+    """A handshake that is refused before it is a WebSocket: the HTTP status, and the code in the answer's body."""
+
+    status: int
+    code: str
+    meaning: str
+
+
 NORMAL: Final = Close(1000, "normal", "the client said goodbye", False)
 RESTART: Final = Close(1012, "restart", "the gateway restarts; come back after the time in `bye`", True)
 BAD_FRAME: Final = Close(4400, "bad_frame", "a frame broke the protocol; the client needs mending", False)
-NOT_AUTHENTICATED: Final = Close(4401, "not_authenticated", "the token is missing, expired or not ours", False)
+NOT_AUTHENTICATED: Final = Close(4401, "not_authenticated", "the token is missing, expired, revoked or not ours", False)
 NOT_ALLOWED: Final = Close(4403, "not_allowed", "the token does not allow this user or device", False)
 NO_HELLO: Final = Close(4408, "no_hello", "no hello came in time", True)
 REPLACED: Final = Close(4409, "replaced", "a newer session of the same device took over", False)
@@ -84,6 +94,9 @@ ERRORS: Final = (
     ErrorCode("topic_too_long", "a topic has too many characters", False),
     ErrorCode("topic_too_deep", "a topic has too many levels", False),
     ErrorCode("not_allowed", "the user may not have this subscription", False),
+    ErrorCode("not_authenticated", "the new token is not valid; the one before goes on", False),
+    ErrorCode("keys_unavailable", "the keys that verify tokens cannot be read now", True),
+    ErrorCode("entitlement_unavailable", "whoever decides on subscriptions does not answer now", True),
     ErrorCode("too_many_subscriptions", "the user has as many subscriptions as one may have", False),
     ErrorCode("store_unavailable", "the inbox does not answer now; deliveries go on", True),
     ErrorCode("not_supported", "this gateway does not offer it", False),
@@ -93,7 +106,7 @@ PROBLEMS: Final = (
     Problem("malformed_json", 400, "the body is not JSON, or nested too deeply", False),
     Problem("body_incomplete", 400, "the body ended before its end", True),
     Problem("bad_parameter", 400, "a parameter of the path, the query or a header is not what it must be", False),
-    Problem("not_authenticated", 401, "the token is missing, expired or not ours", False),
+    Problem("not_authenticated", 401, "the token is missing, expired, revoked or not ours", False),
     Problem("not_allowed", 403, "the token does not allow this", False),
     Problem("not_found", 404, "there is nothing at this address", False),
     Problem("method_not_allowed", 405, "this address does not take that method", False),
@@ -114,11 +127,17 @@ PROBLEMS: Final = (
     Problem("overloaded", 503, "this api agent has as much to do as it can", True),
     Problem("too_many_concurrent", 503, "this credential has as many requests under way as one may have", True),
     Problem("keys_unavailable", 503, "the keys that verify tokens cannot be read now", True),
+    Problem("entitlement_unavailable", 503, "whoever decides on subscriptions does not answer now", True),
     Problem("store_unavailable", 503, "the inbox does not answer now", True),
     Problem("stream_unavailable", 503, "the log does not answer now", True),
     Problem("publish_unconfirmed", 503, "not everything was confirmed: `results` says what is stored", True),
     Problem("publish_refused", 503, "the log refuses until an operator acts: `results` says what is stored", True),
 )
+
+FOREIGN_ORIGIN: Final = Refusal(403, "foreign_origin", "pages of this origin may not connect")
+TOKEN_IN_URL: Final = Refusal(400, "token_in_url", "a token is in the address, where logs keep it")
+
+REFUSALS: Final = (FOREIGN_ORIGIN, TOKEN_IN_URL)
 
 _BY_CODE: Final = {close.code: close for close in CLOSES}
 
@@ -155,4 +174,5 @@ def catalogue() -> dict[str, Any]:
         "close": [close._asdict() for close in CLOSES],
         "error": [error._asdict() for error in ERRORS],
         "problem": [problem._asdict() for problem in PROBLEMS],
+        "handshake": [refusal._asdict() for refusal in REFUSALS],
     }

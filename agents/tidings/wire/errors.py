@@ -21,6 +21,7 @@ __all__ = [
     "EntitlementUnavailable",
     "InvalidNotification",
     "KeysUnavailable",
+    "NotAllowed",
     "NotAuthenticated",
     "PublishRefused",
     "PublishUnconfirmed",
@@ -95,6 +96,12 @@ class NotAuthenticated(TidingsError):
     """A token that is missing, expired, forged, or for somebody else."""
 
     code = "not_authenticated"
+
+
+class NotAllowed(TidingsError):
+    """Whoever asks is known, and may not do this."""
+
+    code = "not_allowed"
 
 
 class KeysUnavailable(NotAuthenticated):

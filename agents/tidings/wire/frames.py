@@ -34,6 +34,7 @@ __all__ = [
     "Mark",
     "MarkAs",
     "Ping",
+    "Renewal",
     "Request",
     "Row",
     "Subscribe",
@@ -134,10 +135,17 @@ class Ping(NamedTuple):
     ref: Ref
 
 
+class Renewal(NamedTuple):
+    """A newer token, for the same user and device."""
+
+    ref: Ref
+    token: str
+
+
 Request = InboxQuery | Mark | Count | Subscribe | Unsubscribe | Subscriptions
 """What is answered by ``ok`` or ``error``."""
 
-ClientFrame = Hello | Ack | Ping | Request
+ClientFrame = Hello | Ack | Ping | Renewal | Request
 
 
 def decode(text: str | bytes) -> ClientFrame:
@@ -268,6 +276,13 @@ def _subs(frame: dict[str, Any], ref: Ref) -> Subscriptions:
     return Subscriptions(ref, _text(frame, "after", MAX_TOPIC), _integer(frame, "limit", 1, MAX_TOPICS) or MAX_TOPICS)
 
 
+def _token(frame: dict[str, Any], ref: Ref) -> Renewal:
+    token = _text(frame, "token", MAX_TOKEN)
+    if token is None:
+        raise BadFrame("a `token` frame has the member `token`")
+    return Renewal(ref, token)
+
+
 def _ping(frame: dict[str, Any], ref: Ref) -> Ping:
     return Ping(ref)
 
@@ -281,6 +296,7 @@ _READERS: Final[dict[str, Callable[[dict[str, Any], Ref], ClientFrame]]] = {
     "sub": _sub,
     "unsub": _unsub,
     "subs": _subs,
+    "token": _token,
     "ping": _ping,
 }
 
@@ -296,9 +312,17 @@ def notifications(items: Iterable[bytes]) -> bytes:
 
 
 def welcome(
-    *, session: str, user: str, device: str, pos: str | None, unread: int | None, window: int, heartbeat: float
+    *,
+    session: str,
+    user: str,
+    device: str,
+    pos: str | None,
+    unread: int | None,
+    window: int,
+    heartbeat: float,
+    expires_in: int,
 ) -> bytes:
-    """`pos` and `unread` are None while the store does not answer."""
+    """`pos` and `unread` are None while the store does not answer; the token ends in `expires_in` seconds."""
     return orjson.dumps(
         {
             "t": "welcome",
@@ -309,6 +333,7 @@ def welcome(
             "unread": unread,
             "window": window,
             "heartbeat": heartbeat,
+            "expires_in": expires_in,
         }
     )
 

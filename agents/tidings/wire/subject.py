@@ -25,6 +25,7 @@ __all__ = [
     "INBOX_FLOOR",
     "MAX_ID",
     "NOTIFY_WILDCARD",
+    "REVOKED_WILDCARD",
     "TOPICS_WILDCARD",
     "broadcast",
     "broadcast_pull",
@@ -44,6 +45,9 @@ __all__ = [
     "part_wildcard",
     "partition",
     "presence",
+    "revoked_device",
+    "revoked_of",
+    "revoked_user",
     "topic_of",
     "unescape",
 ]
@@ -60,6 +64,10 @@ CLAIMED: Final = "claimed"
 """Where api agents note which body an idempotency key came with."""
 DEAD_WILDCARD: Final = "dead.>"
 INBOX_FLOOR: Final = "inbox.floor"
+REVOKED_WILDCARD: Final = "revoked.>"
+
+_LONGEST: Final = 3800
+"""What fits into NATS's control line (4,096 bytes) with a reply subject and sizes behind it."""
 
 _SAFE: Final = "-_~@+=,:!/"
 _PLAIN: Final = re.compile(rf"[A-Za-z0-9{re.escape(_SAFE)}]{{1,{MAX_ID}}}")
@@ -150,6 +158,29 @@ def part_wildcard(number: int) -> str:
 def dead(plane: str) -> str:
     """Where a dead letter of a plane goes."""
     return f"dead.{plane}"
+
+
+def revoked_user(user: str) -> str:
+    """Where it is written that the tokens of a user are revoked."""
+    return f"revoked.user.{escape(user)}"
+
+
+def revoked_device(user: str, device: str) -> str:
+    """The same of one device; raises `BadSubject` for two ids that are too long for one subject."""
+    where = f"revoked.device.{escape(user)}.{escape(device, 'device id')}"
+    if len(where) > _LONGEST:
+        raise BadSubject("user id and device id are too long to be revoked together: revoke the user")
+    return where
+
+
+def revoked_of(where: str) -> tuple[str, str | None]:
+    """User and device (None: all of them) of a subject of `revoked_user` or `revoked_device`; raises `BadSubject`."""
+    match where.split("."):
+        case ["revoked", "user", user]:
+            return unescape(user), None
+        case ["revoked", "device", user, device]:
+            return unescape(user), unescape(device, "device id")
+    raise BadSubject(f"{where[:80]!r} is no subject of a revocation")
 
 
 def presence(token: str) -> str:
