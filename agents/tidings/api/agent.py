@@ -1,6 +1,7 @@
 """The HTTP api agent.
 
-Reads: requests over HTTP; the store's inbox, subscriptions and routing table; inbox floors (core NATS); ``REVOCATIONS``.
+Reads: requests over HTTP; the store's inbox, subscriptions and routing table; inbox floors (core NATS);
+``REVOCATIONS``.
 Writes: notifications to the log, as any service does; what an idempotency key stands for to ``KEYS``; revocations;
 marks and subscriptions to the store; what devices and gateways are told of both (core NATS).
 Acks when: the log has confirmed what was published; the store has committed a mark; a subscription is in force on every

@@ -18,10 +18,10 @@ from . import problems
 from .backing import Backing
 from .contract import Contract
 from .cors import Origins
-from .gate import VERDICTS, Gate, Route
+from .gate import Gate, Route
 from .health import Health
 from .inbox import Inbox
-from .limits import Room, header_fields
+from .limits import Room
 from .problems import Refused
 from .publishing import Publishing
 from .revoking import Revoking
@@ -86,9 +86,9 @@ class _Frame:
         self._room = Room(settings.api_concurrency, "overloaded", "requests")
         self._origins = Origins(settings.allowed_origins)
         self._observer = observer
-        self.answer = web.middleware(self._answer)
 
-    async def _answer(self, request: web.Request, handler: WebHandler) -> web.StreamResponse:
+    @web.middleware
+    async def answer(self, request: web.Request, handler: WebHandler) -> web.StreamResponse:
         began = perf_counter()
         try:
             # Whoever looks after this process has to be answered most of all when it is busy.
@@ -114,7 +114,6 @@ class _Frame:
     async def _send(self, request: web.Request, response: web.StreamResponse) -> None:
         """Write the answer while there is room for it, and for no longer than a client may take to read."""
         response.headers.update(_HEADERS)
-        response.headers.update(header_fields(request.get(VERDICTS, [])))
         response.headers.update(self._origins.header_fields(request))
         try:
             async with asyncio.timeout(self._write_timeout_s):

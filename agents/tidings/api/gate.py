@@ -17,13 +17,12 @@ from tidings.stream.revocations import Revocations
 from tidings.wire.errors import BadSubject, NotAuthenticated
 from tidings.wire.subject import escape
 
-from .limits import Limiter, Policy, Room, Verdict
+from . import problems
+from .limits import Limiter, Policy, Room, Verdict, header_fields
 from .problems import Refused
 
-__all__ = ["VERDICTS", "Call", "Gate", "Handler", "Route"]
+__all__ = ["Call", "Gate", "Handler", "Route"]
 
-VERDICTS: Final = "tidings_verdicts"
-"""Under this name a request has what its limits said, for the header fields of the answer."""
 _MINUTE: Final = 60
 
 
@@ -34,6 +33,8 @@ class Call(NamedTuple):
     who: Device | Caller
     user: str
     """Whom the path names; empty where it names nobody."""
+    verdicts: list[Verdict]
+    """What the limits said, for the header fields of the answer."""
 
     @property
     def service(self) -> Caller:
@@ -56,7 +57,10 @@ class Route(NamedTuple):
 
 
 class Gate:
-    """Lets requests of tokens through that `verifier` knows and nobody has revoked. `clock` gives seconds that never go back."""
+    """Lets requests of tokens through that `verifier` knows and nobody has revoked.
+
+    `clock` gives seconds that never go back.
+    """
 
     def __init__(
         self, settings: Settings, verifier: Verifier, revocations: Revocations, clock: Callable[[], float]
@@ -72,23 +76,32 @@ class Gate:
         """The handler of a route, behind the gate."""
 
         async def guarded(request: web.Request) -> web.StreamResponse:
-            who = await self._authenticate(request)
-            # A user and a service of one name are two.
-            name = f"s:{who.name}" if isinstance(who, Caller) else f"u:{who.user}"
-            with self._room.of(name):
-                if isinstance(who, Caller):
-                    self._take(request, self._services, name)
-                user = _user_of(request)
-                _check_allowed(who, user, route.scope)
-                if user is not None:
-                    self._take(request, self._users, f"{name}\0{user}")
-                return await route.handler(Call(request, who, user or ""))
+            verdicts: list[Verdict] = []
+            try:
+                response = await self._pass(request, route, verdicts)
+            except Exception as error:  # noqa: BLE001 - every error becomes an answer, which has the limits too
+                response = problems.response(problems.as_refusal(error))
+            response.headers.update(header_fields(verdicts))
+            return response
 
         return guarded
 
+    async def _pass(self, request: web.Request, route: Route, verdicts: list[Verdict]) -> web.StreamResponse:
+        who = await self._authenticate(request)
+        # A user and a service of one name are two.
+        name = f"s:{who.name}" if isinstance(who, Caller) else f"u:{who.user}"
+        with self._room.of(name):
+            if isinstance(who, Caller):
+                _take(verdicts, self._services, name)
+            user = _user_of(request)
+            _check_allowed(who, user, route.scope)
+            if user is not None:
+                _take(verdicts, self._users, f"{name}\0{user}")
+            return await route.handler(Call(request, who, user or "", verdicts))
+
     def take_notifications(self, call: Call, count: int) -> None:
         """A service is about to publish so many; raises `Refused`."""
-        self._take(call.request, self._notifications, call.service.name, count)
+        _take(call.verdicts, self._notifications, call.service.name, count)
 
     async def _authenticate(self, request: web.Request) -> Device | Caller:
         given = request.headers.getall(hdrs.AUTHORIZATION, [])
@@ -102,16 +115,16 @@ class Gate:
             raise NotAuthenticated("the token was revoked: sign in again")
         return who
 
-    def _take(self, request: web.Request, limiter: Limiter, key: str, units: int = 1) -> None:
-        verdict = limiter.take(key, units)
-        verdicts: list[Verdict] = request.setdefault(VERDICTS, [])
-        verdicts.append(verdict)
-        if not verdict.allowed:
-            raise Refused(
-                "too_many_requests",
-                f"the limit {verdict.policy.name!r} is reached: come back in {verdict.retry_s} s",
-                retry_s=verdict.retry_s,
-            )
+
+def _take(verdicts: list[Verdict], limiter: Limiter, key: str, units: int = 1) -> None:
+    verdict = limiter.take(key, units)
+    verdicts.append(verdict)
+    if not verdict.allowed:
+        raise Refused(
+            "too_many_requests",
+            f"the limit {verdict.policy.name!r} is reached: come back in {verdict.retry_s} s",
+            retry_s=verdict.retry_s,
+        )
 
 
 def _user_of(request: web.Request) -> str | None:

@@ -42,6 +42,7 @@ __all__ = [
     "INBOX",
     "KEYS",
     "REVOCATIONS",
+    "SHARED",
     "TOPICS",
     "Change",
     "Topology",
@@ -68,7 +69,8 @@ INBOX: Final = "inbox"
 FANOUT: Final = "fanout"
 """The fan-out agents' durable consumer, on `TOPICS`."""
 
-_SHARED: Final = (TOPICS, BROADCAST, DECISIONS, KEYS, REVOCATIONS, DEAD)
+SHARED: Final = (TOPICS, DECISIONS, KEYS, BROADCAST, REVOCATIONS, DEAD)
+"""All streams but those of the partitions."""
 _PARTITIONS: Final = "tidings_partitions"
 _INCARNATION: Final = "tidings_incarnation"
 _HEADER_ROOM: Final = 4096
@@ -400,7 +402,7 @@ async def _streams(connection: Connection) -> dict[str, dict[str, Any]]:
         streams = answer.get("streams") or []
         found.update((info["config"]["name"], info) for info in streams)
         if not streams or len(found) >= answer.get("total", 0):
-            return {name: info for name, info in found.items() if name in _SHARED or _is_partition(name)}
+            return {name: info for name, info in found.items() if name in SHARED or _is_partition(name)}
 
 
 async def probe_mapping(connection: Connection, partitions: int, *, timeout_s: float = 2.0) -> None:
