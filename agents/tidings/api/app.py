@@ -55,7 +55,7 @@ def routes(backing: Backing, gate: Gate) -> Sequence[Route]:
         Route("GET", f"{of_user}/subscriptions", subscriptions.page, "subscriptions:read"),
         Route("POST", f"{of_user}/subscriptions", subscriptions.add, "subscriptions:write"),
         Route("POST", "/v1/revocations", Revoking(backing).revoke, "revoke"),
-        Route("DELETE", f"{of_user}/subscriptions", subscriptions.remove, "subscriptions:write"),
+        Route("DELETE", f"{of_user}/subscriptions/{{topic}}", subscriptions.remove, "subscriptions:write"),
     )
 
 

@@ -90,14 +90,14 @@ def choice(value: Any, at: Path, choices: Sequence[_Choice]) -> _Choice:
     raise Refused("invalid_body", f"this must be one of {', '.join(choices)}", pointer=pointer_to(*at))
 
 
-def parameters(request: web.Request, *names: str, several: str | None = None) -> dict[str, str]:
-    """The query, which may have these parameters, each once (`several`: as often as it likes)."""
+def parameters(request: web.Request, *names: str) -> dict[str, str]:
+    """The query, which may have these parameters, each once."""
     found: dict[str, str] = {}
     for name, value in request.query.items():
-        if name not in names and name != several:
-            known = ", ".join(filter(None, (*names, several))) or "none"
+        if name not in names:
+            known = ", ".join(names) or "none"
             raise Refused("bad_parameter", f"{name[:80]!r} is no parameter: there are {known}", parameter=name[:80])
-        if name in found and name != several:
+        if name in found:
             raise Refused("bad_parameter", f"`{name}` stands there twice", parameter=name)
         found[name] = value
     return found

@@ -18,7 +18,7 @@ from aiohttp import web
 
 from .answers import json_bytes
 
-__all__ = ["Contract", "read"]
+__all__ = ["Contract", "page_of", "read"]
 
 _METHODS: Final = ("get", "post", "delete")
 _STYLE: Final = """
@@ -52,7 +52,7 @@ class Contract:
 
     def __init__(self) -> None:
         self._json = read()
-        self._page = _page(orjson.loads(self._json)).encode()
+        self._page = page_of(orjson.loads(self._json)).encode()
 
     async def document(self, request: web.Request) -> web.Response:
         """The contract itself."""
@@ -63,7 +63,8 @@ class Contract:
         return web.Response(body=self._page, content_type="text/html", charset="utf-8", headers=_HEADERS)
 
 
-def _page(contract: dict[str, Any]) -> str:
+def page_of(contract: dict[str, Any]) -> str:
+    """A contract as HTML."""
     info = contract["info"]
     operations = [
         _operation(contract, method, path, item[method])

@@ -6,7 +6,7 @@ by itself: one that is not confirmed in time may be stored or not, and a retry w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple
 from uuid import uuid4
@@ -31,6 +31,9 @@ __all__ = ["MAX_AT_ONCE", "Publishing"]
 
 MAX_AT_ONCE: Final = 1000
 """Most messages of one request: each user and each topic that is named is one."""
+_LEAST: Final = -(2**63)
+_MOST: Final = 2**64
+"""Whole numbers of JSON as they are read and written here."""
 _TARGETS: Final = ("user", "users", "topic")
 
 
@@ -160,7 +163,8 @@ def _read_event(given: Any, at: Path, who: Caller, topic: str | None, id_: str) 
     """The event with what it may leave out, and its id."""
     if type(given) is not dict:
         raise Refused("invalid_body", "this must be an object: a CloudEvents 1.0 event", pointer=pointer_to(*at))
-    event = {"specversion": "1.0", "id": id_, "source": who.name, **_with_time(given)}
+    event = {"specversion": "1.0", "id": id_, "source": who.name, "time": datetime.now(UTC).isoformat()}
+    event.update((name, value if name == "data" else _integral(value)) for name, value in given.items())
     if topic is not None:
         if "topic" in event:
             raise Refused("invalid_body", "the event gets the topic that it goes to", pointer=pointer_to(*at, "topic"))
@@ -173,5 +177,6 @@ def _read_event(given: Any, at: Path, who: Caller, topic: str | None, id_: str) 
         return notification.check(body).id, body
 
 
-def _with_time(event: Mapping[str, Any]) -> Mapping[str, Any]:
-    return event if "time" in event else {**event, "time": datetime.now(UTC).isoformat()}
+def _integral(value: Any) -> Any:
+    """An attribute that is a whole number, also where it was written as 1.0: JSON knows one kind of numbers."""
+    return int(value) if type(value) is float and value.is_integer() and _LEAST <= value < _MOST else value

@@ -53,12 +53,10 @@ class Subscriptions:
         return await self._in_force(call.user)
 
     async def remove(self, call: Call) -> web.Response:
-        """Those that are none are no error."""
-        parameters(call.request, several="topic")
-        topics = list(dict.fromkeys(_checked(one, "topic") for one in call.request.query.getall("topic", [])))
-        if not 0 < len(topics) <= MAX_TOPICS:
-            raise Refused("bad_parameter", f"give `topic` 1 to {MAX_TOPICS} times", parameter="topic")
-        await self._backing.store.unsubscribe(call.user, topics, await self._backing.end(BROADCAST_PART))
+        """One that is none is no error."""
+        parameters(call.request)
+        topic = _checked(call.request.match_info["topic"], "topic")
+        await self._backing.store.unsubscribe(call.user, [topic], await self._backing.end(BROADCAST_PART))
         return await self._in_force(call.user)
 
     async def _in_force(self, user: str) -> web.Response:
