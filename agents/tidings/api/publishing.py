@@ -31,9 +31,8 @@ __all__ = ["MAX_AT_ONCE", "Publishing"]
 
 MAX_AT_ONCE: Final = 1000
 """Most messages of one request: each user and each topic that is named is one."""
-_LEAST: Final = -(2**63)
-_MOST: Final = 2**64
-"""Whole numbers of JSON as they are read and written here."""
+_LEAST: Final = -(2**31)
+_MOST: Final = 2**31 - 1
 _TARGETS: Final = ("user", "users", "topic")
 
 
@@ -164,7 +163,8 @@ def _read_event(given: Any, at: Path, who: Caller, topic: str | None, id_: str) 
     if type(given) is not dict:
         raise Refused("invalid_body", "this must be an object: a CloudEvents 1.0 event", pointer=pointer_to(*at))
     event = {"specversion": "1.0", "id": id_, "source": who.name, "time": datetime.now(UTC).isoformat()}
-    event.update((name, value if name == "data" else _integral(value)) for name, value in given.items())
+    with located(at):
+        event.update((name, _attribute(name, value)) for name, value in given.items())
     if topic is not None:
         if "topic" in event:
             raise Refused("invalid_body", "the event gets the topic that it goes to", pointer=pointer_to(*at, "topic"))
@@ -177,6 +177,13 @@ def _read_event(given: Any, at: Path, who: Caller, topic: str | None, id_: str) 
         return notification.check(body).id, body
 
 
-def _integral(value: Any) -> Any:
-    """An attribute that is a whole number, also where it was written as 1.0: JSON knows one kind of numbers."""
-    return int(value) if type(value) is float and value.is_integer() and _LEAST <= value < _MOST else value
+def _attribute(name: str, value: Any) -> Any:
+    """An attribute as CloudEvents has them: a number is whole, also where it was written as 1.0, and has 32 bits."""
+    if name == "data" or type(value) not in (int, float):
+        return value
+    if value % 1 or not _LEAST <= value <= _MOST:
+        raise InvalidNotification(
+            f"attribute `{name[:80]}` must be a whole number from {_LEAST} to {_MOST}; payload belongs under `data`",
+            pointer_to(name),
+        )
+    return int(value)
