@@ -17,6 +17,7 @@ from typing import Final
 from aiohttp import web
 
 from tidings.identity import Verifier
+from tidings.identity.entitlement import TopicEntitlement
 from tidings.runtime.service import Service
 from tidings.runtime.settings import Settings
 from tidings.store.guard import GuardedStore
@@ -32,6 +33,7 @@ from .door import Door
 from .hub import Hub
 from .keeper import Keeper
 from .opening import Opener, give_up
+from .requests import Requests
 from .session import Session
 from .socket import Socket
 
@@ -56,6 +58,7 @@ class Gateway(Service):
     ) -> None:
         super().__init__()
         self._verifier = Verifier(settings)
+        self._entitlement = TopicEntitlement(settings)
         self._settings = settings
         self._store = store
         self._routes = routes
@@ -76,6 +79,7 @@ class Gateway(Service):
 
     async def _start(self) -> None:
         await self._verifier.open()
+        await self._entitlement.open()
         self._connection = connection = await connect(
             self._settings, "tidings-gateway", lost=self._cut_off, found=self._reconnected
         )
@@ -92,7 +96,7 @@ class Gateway(Service):
         await hub.feed.start(hub.floors[BROADCAST_PART])
         opener = Opener(hub)
         self._keeper = keeper = Keeper(hub, opener)
-        self._door = Door(hub, opener, admission)
+        self._door = Door(hub, opener, admission, Requests(hub, self._entitlement))
         for loop in (
             keeper.write_cursors,
             keeper.write_notes,
@@ -244,6 +248,7 @@ class Gateway(Service):
         if self._connection is not None:
             await self._connection.finish()
         await self._verifier.close()
+        await self._entitlement.close()
 
     # Health
 

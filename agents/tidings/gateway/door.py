@@ -55,11 +55,11 @@ class _Refused(Exception):
 class Door:
     """Handles ``GET /v1/ws``."""
 
-    def __init__(self, hub: Hub, opener: Opener, admission: Admission) -> None:
+    def __init__(self, hub: Hub, opener: Opener, admission: Admission, requests: Requests) -> None:
         self._hub = hub
         self._opener = opener
         self._admission = admission
-        self._requests = Requests(hub)
+        self._requests = requests
         self.open = True
         """Cleared when the gateway drains."""
         self._entering: set[Socket] = set()

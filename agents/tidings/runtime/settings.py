@@ -101,6 +101,14 @@ class Settings:
     subscribe_rules: str = _text(
         ">", "which topics may be subscribed to: patterns, comma-separated, first match first; !pattern refuses"
     )
+    subscribe_callback_url: str = _text(
+        "", "address that is asked, behind subscribe_rules, which topics a user may have; empty for none"
+    )
+    subscribe_callback_token: str = _text("", "secret that subscribe_callback_url is sent as a bearer token")
+    subscribe_callback_timeout_s: float = _number(1, 0.05, 60, "how long subscribe_callback_url may take to answer")
+    subscribe_callback_ttl_s: float = _number(60, 0, 86_400, "how long its answer counts")
+    subscribe_callback_cache: int = _number(100_000, 0, 10_000_000, "most answers of it that are remembered")
+    subscribe_callback_at_once: int = _number(32, 1, 10_000, "most questions to it that are under way")
     consumer_starts: int = _number(64, 1, 4096, "most consumers that a gateway makes at a time")
     delivery_marks: str = _text(
         "on", "note in the inbox when and where each was delivered first", choices=("on", "off")
