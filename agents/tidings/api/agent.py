@@ -19,6 +19,7 @@ from typing import Final
 from aiohttp import web
 
 from tidings.identity import Verifier
+from tidings.identity.entitlement import TopicEntitlement
 from tidings.publish import Publisher
 from tidings.runtime.service import Service
 from tidings.runtime.settings import Settings
@@ -53,6 +54,7 @@ class Api(Service):
         self._store = store
         self._observer = observer
         self._verifier = Verifier(settings)
+        self._entitlement = TopicEntitlement(settings)
         self._connection: Connection | None = None
         self._publisher: Publisher | None = None
         self._backing: Backing | None = None
@@ -65,6 +67,7 @@ class Api(Service):
     async def _start(self) -> None:
         settings = self._settings
         await self._verifier.open()
+        await self._entitlement.open()
         self._connection = connection = await connect(
             settings, "tidings-api", lost=self._cut_off, found=self._reconnected
         )
@@ -73,7 +76,7 @@ class Api(Service):
         self._publisher = Publisher(connection, timeout_s=settings.api_publish_timeout_s)
         await self._publisher.open()
         store = GuardedStore(self._store, settings.store_timeout_s)
-        self._backing = backing = Backing(settings, connection, store, self._publisher, found)
+        self._backing = backing = Backing(settings, connection, store, self._publisher, self._entitlement, found)
         await connection.listen(subject.INBOX_FLOOR, self._heard_floors)
         await backing.floors.read(connection)
         self._revocations = revocations = Revocations(connection, settings)
@@ -154,5 +157,6 @@ class Api(Service):
         if self._publisher is not None:
             await self._publisher.close()
         await self._verifier.close()
+        await self._entitlement.close()
         if self._connection is not None:
             await self._connection.finish()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 
+from tidings.identity.entitlement import TopicEntitlement
 from tidings.publish import Publisher
-from tidings.runtime.entitlement import Entitlement
 from tidings.runtime.settings import Settings
 from tidings.store.inbox import UserInbox
 from tidings.store.port import Store
@@ -22,10 +22,16 @@ log = logging.getLogger("tidings.api")
 
 
 class Backing:
-    """The log and the store of one api agent. `publisher` is open."""
+    """The log and the store of one api agent. `publisher` and `entitlement` are open."""
 
     def __init__(
-        self, settings: Settings, connection: Connection, store: Store, publisher: Publisher, found: Topology
+        self,
+        settings: Settings,
+        connection: Connection,
+        store: Store,
+        publisher: Publisher,
+        entitlement: TopicEntitlement,
+        found: Topology,
     ) -> None:
         self.settings = settings
         self.connection = connection
@@ -34,7 +40,7 @@ class Backing:
         self.topology = found
         self.floors = Floors(found)
         self.inbox = UserInbox(store, lambda: self.floors[BROADCAST_PART])
-        self.entitlement = Entitlement(settings.subscribe_rules)
+        self.entitlement = entitlement
 
     async def rediscover(self) -> None:
         """Read the topology again: the streams may be new ones. Raises `StreamUnavailable` and `TopologyMismatch`."""

@@ -44,7 +44,7 @@ class Subscriptions:
         backing = self._backing
         given = members(await json_body(call.request, backing.settings), (), required=("topics",))
         topics = _read_topics(given["topics"])
-        refused = backing.entitlement.refused(call.user, topics)
+        refused = await backing.entitlement.refused(call.user, topics)
         if refused:
             raise Refused("not_allowed", f"{refused[0]!r} is not open to this user")
         # Before it is stored: what is broadcast from here on is the user's.
