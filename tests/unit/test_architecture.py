@@ -13,19 +13,20 @@ BELOW = {
     "wire": set(),
     "runtime": {"wire"},
     "stream": {"wire", "runtime"},
+    "schema": {"wire", "runtime"},
     "store": {"wire", "runtime"},
     # Tokens and who may do what: it knows HTTP, for keys and answers that live elsewhere.
     "identity": {"wire", "runtime"},
-    "publish": {"wire", "runtime", "stream", "store"},
+    "publish": {"wire", "runtime", "stream", "store", "schema"},
     "gateway": {"wire", "runtime", "stream", "store", "identity"},
-    "inbox": {"wire", "runtime", "stream", "store"},
+    "inbox": {"wire", "runtime", "stream", "store", "schema"},
     # Its copies are published as any service's notifications are.
-    "fanout": {"wire", "runtime", "stream", "store", "publish"},
-    "api": {"wire", "runtime", "stream", "store", "identity", "publish"},
+    "fanout": {"wire", "runtime", "stream", "store", "schema", "publish"},
+    "api": {"wire", "runtime", "stream", "store", "schema", "identity", "publish"},
     "client": {"wire", "runtime"},
-    "dev": {"wire", "runtime", "stream", "store", "identity", "publish", "gateway", "inbox", "fanout", "api"},
+    "dev": {"wire", "runtime", "stream", "store", "schema", "identity", "publish", "gateway", "inbox", "fanout", "api"},
 }
-OWNERS = {"nats": "stream", "sqlite3": "store", "cassandra": "store", "jwt": "identity"}
+OWNERS = {"nats": "stream", "sqlite3": "store", "cassandra": "store", "jwt": "identity", "jsonschema_rs": "schema"}
 FORBIDDEN_IN_WIRE = {"asyncio", "socket", "time", "threading", "aiohttp", "nats", "sqlite3"}
 MODULES = sorted(path for path in ROOT.rglob("*.py"))
 

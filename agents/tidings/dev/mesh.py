@@ -26,6 +26,7 @@ from tidings.publish.publisher import Publisher
 from tidings.runtime.backoff import Backoff
 from tidings.runtime.service import Service, State
 from tidings.runtime.settings import Settings
+from tidings.schema import Schemas
 from tidings.store.factory import is_cql, open_store_url
 from tidings.store.port import Store
 from tidings.stream import consumers, topology
@@ -192,7 +193,7 @@ class DevMesh(Service):
         await self._fanout.start()
         routes = Routes(self.settings, Crowd(self.settings, store))
         self._gateway = Gateway(self.settings, store, routes=routes.add_to)
-        self._publisher = routes.publisher = Publisher(self.settings.nats_url)
+        self._publisher = routes.publisher = Publisher(self.settings.nats_url, schemas=Schemas.checking(self.settings))
         await self._publisher.open()
         await self._gateway.start()
         self._api = Api(self.settings, store)

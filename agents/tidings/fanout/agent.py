@@ -24,6 +24,7 @@ from tidings.publish import Publisher
 from tidings.runtime.backoff import Backoff
 from tidings.runtime.service import Service
 from tidings.runtime.settings import Settings
+from tidings.schema import reader
 from tidings.store.port import Store, SubscriberPage
 from tidings.stream import consumers, once, topology
 from tidings.stream.connection import Connection, connect
@@ -38,7 +39,7 @@ from tidings.wire.errors import (
     StoreUnavailable,
     StreamUnavailable,
 )
-from tidings.wire.notification import MAX_BODY_BYTES, check
+from tidings.wire.notification import MAX_BODY_BYTES
 from tidings.wire.topic import patterns_of
 
 __all__ = ["FanoutAgent"]
@@ -82,6 +83,7 @@ class FanoutAgent(Service):
         super().__init__()
         self._settings = settings
         self._store = store
+        self._read = reader(settings)
         self._id = secrets.token_hex(4)
         self._connection: Connection
         self._publisher: Publisher
@@ -198,7 +200,7 @@ class FanoutAgent(Service):
         """Bring one message to all subscribers, however long it takes; False when it is a dead letter instead."""
         try:
             topic = subject.topic_of(message.where)
-            envelope = check(message.body)
+            envelope = self._read(message.body)
         except (BadTopic, InvalidNotification) as error:
             await self._bury(message, error.code, str(error))
             return False

@@ -23,11 +23,11 @@ from tidings.store.port import CursorUpdate, Holder, Store
 from tidings.stream import consumers, gateways
 from tidings.stream.connection import Connection
 from tidings.stream.floors import Floors
-from tidings.stream.topology import BROADCAST_PART, Topology
+from tidings.stream.topology import BROADCAST_PART, Topology, notify_stream
 from tidings.wire import codes, frames, subject
 from tidings.wire.codes import Close
 from tidings.wire.errors import StreamUnavailable
-from tidings.wire.position import Position
+from tidings.wire.position import BROADCAST, Position, plane_of
 
 from .expiry import Expiries
 from .feed import Feed
@@ -261,10 +261,15 @@ class Hub:
             self.spawn_for(session, self._bury(session, text, entry))
 
     async def _bury(self, session: Session, text: str, entry: Entry) -> None:
+        if plane_of(text) == BROADCAST:
+            plane, origin = "broadcast", {"stream": notify_stream(BROADCAST_PART)}
+        else:
+            where = subject.part_user(session.token, session.partition)
+            plane, origin = "user", {"origin_subject": where, "stream": session.stream}
         try:
             await consumers.bury(
                 self.connection,
-                "user",
+                plane,
                 entry.body,
                 key=f"undelivered.{text}.{session.token}.{subject.escape(session.device, 'device id')}",
                 reason="undelivered",
@@ -272,7 +277,9 @@ class Hub:
                 user=subject.escape(session.user),
                 device=subject.escape(session.device, "device id"),
                 position=text,
+                sequence=entry.position.sequence,
                 attempts=entry.attempts,
+                **origin,
             )
         except StreamUnavailable as error:
             # It stays under way; the next redelivery tries again.

@@ -1,6 +1,14 @@
 """Publishing: the Python SDK for services that speak NATS."""
 
-from tidings.wire.errors import BadSubject, InvalidNotification, PublishRefused, PublishUnconfirmed, StreamUnavailable
+from tidings.schema import Schemas
+from tidings.wire.errors import (
+    BadSubject,
+    InvalidNotification,
+    PublishRefused,
+    PublishUnconfirmed,
+    SchemaViolation,
+    StreamUnavailable,
+)
 
 from .attempt import Event, Ready, Receipt
 from .publisher import Publisher
@@ -14,5 +22,7 @@ __all__ = [
     "Publisher",
     "Ready",
     "Receipt",
+    "SchemaViolation",
+    "Schemas",
     "StreamUnavailable",
 ]

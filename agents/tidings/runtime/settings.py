@@ -154,6 +154,18 @@ class Settings:
         600_000, 1000, 1_000_000_000, "notifications that one service publishes at one api agent"
     )
 
+    # Event schemas
+    schema_dir: str = _text("", "folder with schemas of your own event types, <type>.json each; empty for none")
+    schema_check: str = _text(
+        "always",
+        "which notifications inbox and fan-out agents hold against their type's schema",
+        choices=("always", "sampled", "off"),
+    )
+    schema_sample: float = _number(0.01, 0, 1, "share of the notifications that are checked where schema_check=sampled")
+    schema_unknown: str = _text(
+        "allow", "what becomes of a notification whose type has no schema", choices=("allow", "refuse")
+    )
+
     # All
     log_level: str = _text("info", "how much is logged", choices=("debug", "info", "warning", "error"))
     request_timeout_s: float = _number(5, 0.1, 60, "how long an answer of JetStream may take")

@@ -49,6 +49,7 @@ __all__ = [
     "apply",
     "check_topics",
     "discover",
+    "is_partition",
     "mapping",
     "notify_stream",
     "plan",
@@ -87,7 +88,8 @@ def notify_stream(partition: int) -> str:
     return f"NOTIFY_{partition}" if partition >= 0 else BROADCAST
 
 
-def _is_partition(stream: str) -> bool:
+def is_partition(stream: str) -> bool:
+    """Whether a stream is one of the personal plane."""
     return stream.startswith("NOTIFY_")
 
 
@@ -190,7 +192,7 @@ async def plan(connection: Connection, settings: Settings) -> list[Change]:
     found = await _streams(connection)
     changes: list[Change] = []
     count = sum(name.startswith("NOTIFY_") for name in found)
-    known = {info["config"].get("metadata", {}).get(_PARTITIONS) for name, info in found.items() if _is_partition(name)}
+    known = {info["config"].get("metadata", {}).get(_PARTITIONS) for name, info in found.items() if is_partition(name)}
     if count and known != {str(settings.partitions)}:
         made_for = ", ".join(sorted(map(str, known)))
         raise TopologyMismatch(
@@ -402,7 +404,7 @@ async def _streams(connection: Connection) -> dict[str, dict[str, Any]]:
         streams = answer.get("streams") or []
         found.update((info["config"]["name"], info) for info in streams)
         if not streams or len(found) >= answer.get("total", 0):
-            return {name: info for name, info in found.items() if name in SHARED or _is_partition(name)}
+            return {name: info for name, info in found.items() if name in SHARED or is_partition(name)}
 
 
 async def probe_mapping(connection: Connection, partitions: int, *, timeout_s: float = 2.0) -> None:

@@ -19,7 +19,7 @@ import orjson
 
 from .errors import InvalidNotification
 
-__all__ = ["MAX_BODY_BYTES", "MAX_NAME", "PRIORITIES", "Envelope", "build", "check"]
+__all__ = ["MAX_BODY_BYTES", "MAX_NAME", "PRIORITIES", "Envelope", "build", "check", "read"]
 
 MAX_BODY_BYTES: Final = 16 * 1024
 MAX_NAME: Final = 256
@@ -44,6 +44,11 @@ class Envelope(NamedTuple):
 
 def check(body: bytes) -> Envelope:
     """Read the envelope of `body`; raises `InvalidNotification` with what is wrong and where."""
+    return read(body)[0]
+
+
+def read(body: bytes) -> tuple[Envelope, dict[str, Any]]:
+    """Read the envelope of `body`, and the event as a whole; errors as `check`."""
     if len(body) > MAX_BODY_BYTES:
         raise InvalidNotification(f"the body has {len(body)} bytes: at most {MAX_BODY_BYTES} are allowed")
     try:
@@ -66,7 +71,7 @@ def check(body: bytes) -> Envelope:
             _check_optional(name, event[name])
         else:
             _check_extension(name, event[name])
-    return Envelope(event["id"], event["type"], event.get("topic"))
+    return Envelope(event["id"], event["type"], event.get("topic")), event
 
 
 def _check_optional(name: str, value: Any) -> None:
