@@ -17,12 +17,15 @@ from support.api import api, service
 from support.mesh import Mesh
 from tidings.api.app import routes
 from tidings.api.contract import page_of, read
+from tidings.stream import consumers
 from tidings.wire import codes
+from tidings.wire.notification import build
 
 SUPPORT = Path(__file__).parents[1] / "support"
 EXAMPLES = 10
 """Of each operation, beside those that cover every boundary of its schema."""
 PLENTY = 10_000_000
+LETTERS = 20
 LOADS = ("href", "src", "style")
 
 
@@ -45,6 +48,11 @@ def test_document_has_every_route() -> None:
 
 async def test_agent_keeps_it(mesh: Mesh) -> None:
     """Schemathesis finds no request, well-formed or not, whose answer is not what the document says."""
+    for number in range(LETTERS):
+        _, body = build(type="test.made", id=f"letter-{number}")
+        await consumers.bury(
+            mesh.connection, "user", body, key=str(number), reason="undelivered", detail="for a test", user="alice"
+        )
     agent = await mesh.api(
         api_requests_per_minute=PLENTY, api_user_requests_per_minute=PLENTY, api_notifications_per_minute=PLENTY
     )
@@ -56,6 +64,8 @@ async def test_agent_keeps_it(mesh: Mesh) -> None:
         f"http://127.0.0.1:{agent.port}/v1/openapi.json",
         "--header",
         f"Authorization: {service()['Authorization']}",
+        "--phases",
+        "examples,coverage,fuzzing",
         "--max-examples",
         str(EXAMPLES),
         "--seed",

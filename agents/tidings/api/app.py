@@ -18,6 +18,7 @@ from . import problems
 from .backing import Backing
 from .contract import Contract
 from .cors import Origins
+from .deadletters import DeadLetters
 from .gate import Gate, Route
 from .health import Health
 from .inbox import Inbox
@@ -45,6 +46,7 @@ log = logging.getLogger("tidings.api")
 def routes(backing: Backing, gate: Gate) -> Sequence[Route]:
     """Every operation that needs a token."""
     publishing, inbox, subscriptions = Publishing(backing, gate), Inbox(backing), Subscriptions(backing)
+    dead = DeadLetters(backing)
     of_user = "/v1/users/{user}"
     return (
         Route("POST", "/v1/publish", publishing.one, None),
@@ -54,6 +56,10 @@ def routes(backing: Backing, gate: Gate) -> Sequence[Route]:
         Route("POST", f"{of_user}/marks", inbox.mark, "inbox:write"),
         Route("GET", f"{of_user}/subscriptions", subscriptions.page, "subscriptions:read"),
         Route("POST", f"{of_user}/subscriptions", subscriptions.add, "subscriptions:write"),
+        Route("GET", "/v1/deadletters", dead.page, "deadletters:read"),
+        Route("GET", "/v1/deadletters/{id}", dead.look, "deadletters:read"),
+        Route("POST", "/v1/deadletters/{id}/replay", dead.replay, "deadletters:write"),
+        Route("DELETE", "/v1/deadletters/{id}", dead.drop, "deadletters:write"),
         Route("POST", "/v1/revocations", Revoking(backing).revoke, "revoke"),
         Route("DELETE", f"{of_user}/subscriptions/{{topic}}", subscriptions.remove, "subscriptions:write"),
     )

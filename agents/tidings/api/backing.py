@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from tidings.identity.entitlement import TopicEntitlement
-from tidings.publish import Publisher
+from tidings.publish import Publisher, Schemas
 from tidings.runtime.settings import Settings
 from tidings.store.inbox import UserInbox
 from tidings.store.port import Store
@@ -41,6 +41,8 @@ class Backing:
         self.floors = Floors(found)
         self.inbox = UserInbox(store, lambda: self.floors[BROADCAST_PART])
         self.entitlement = entitlement
+        self.check = Schemas.of(settings).check
+        """Reads an event that is to be published, strictly: its envelope, and the schema of its type."""
 
     async def rediscover(self) -> None:
         """Read the topology again: the streams may be new ones. Raises `StreamUnavailable` and `TopologyMismatch`."""

@@ -104,10 +104,10 @@ def parameters(request: web.Request, *names: str) -> dict[str, str]:
 
 
 def whole_number(given: dict[str, str], name: str, least: int, most: int, default: int) -> int:
-    """A parameter of the query that is a number."""
+    """A parameter that is a number."""
     value = given.get(name)
     if value is None:
         return default
-    if not value.isascii() or not value.isdigit() or len(value) > 9 or not least <= int(value) <= most:
+    if not value.isascii() or not value.isdigit() or len(value) > 16 or not least <= int(value) <= most:
         raise Refused("bad_parameter", f"`{name}` must be a whole number from {least} to {most}", parameter=name)
     return int(value)

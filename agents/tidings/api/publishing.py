@@ -7,43 +7,23 @@ by itself: one that is not confirmed in time may be stored or not, and a retry w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
-from typing import Any, Final, NamedTuple
-from uuid import uuid4
+from typing import Any
 
-import orjson
 from aiohttp import web
 
-from tidings.identity import Caller
-from tidings.publish import PublishRefused, Ready, Receipt
-from tidings.wire import notification, subject
-from tidings.wire.errors import InvalidNotification, TidingsError
+from tidings.publish import PublishRefused, Receipt
+from tidings.wire.errors import TidingsError
 
 from .answers import answer
 from .backing import Backing
-from .bodies import json_body, listed, members, text
+from .bodies import json_body, listed, members, parameters
 from .gate import Call, Gate
 from .idempotency import Idempotency, IdempotencyKey
 from .limits import Room
-from .problems import Path, Refused, located, pointer_to
+from .orders import MAX_AT_ONCE, Order, OrderReader
+from .problems import Refused
 
-__all__ = ["MAX_AT_ONCE", "Publishing"]
-
-MAX_AT_ONCE: Final = 1000
-"""Most messages of one request: each user and each topic that is named is one."""
-_LEAST: Final = -(2**31)
-_MOST: Final = 2**31 - 1
-_TARGETS: Final = ("user", "users", "topic")
-
-
-class _Order(NamedTuple):
-    """One event and all whom it is for."""
-
-    id: str
-    kind: str
-    """``user`` or ``topic``: what the names are."""
-    names: Sequence[str]
-    messages: Sequence[Ready]
+__all__ = ["Publishing"]
 
 
 class Publishing:
@@ -57,26 +37,30 @@ class Publishing:
 
     async def one(self, call: Call) -> web.Response:
         """One event, to a user, to several, or to a topic."""
-        document = await json_body(call.request, self._backing.settings)
-        key = self._idempotency.key_of(call)
-        order = _read_order(document, (), call.service, key, 0)
-        (outcomes,), failures = await self._publish(call, key, document, [order])
-        return _answer(outcomes, failures)
+        document, key = await self._read(call)
+        order = OrderReader(self._backing.check, call.service, key).read(document)
+        (content,), failures = await self._publish(call, key, document, [order])
+        return _answer(content, failures)
 
     async def batch(self, call: Call) -> web.Response:
         """Several events, each to its own."""
-        document = await json_body(call.request, self._backing.settings)
-        key = self._idempotency.key_of(call)
+        document, key = await self._read(call)
         given = members(document, (), required=("notifications",))["notifications"]
+        reader = OrderReader(self._backing.check, call.service, key)
         orders = [
-            _read_order(item, ("notifications", number), call.service, key, number)
+            reader.read(item, ("notifications", number), number)
             for number, item in enumerate(listed(given, ("notifications",), MAX_AT_ONCE))
         ]
-        outcomes, failures = await self._publish(call, key, document, orders)
-        return _answer({"results": outcomes}, failures)
+        contents, failures = await self._publish(call, key, document, orders)
+        return _answer({"results": contents}, failures)
+
+    async def _read(self, call: Call) -> tuple[Any, IdempotencyKey | None]:
+        parameters(call.request)
+        key = self._idempotency.key_of(call)
+        return await json_body(call.request, self._backing.settings), key
 
     async def _publish(
-        self, call: Call, key: IdempotencyKey | None, document: Any, orders: Sequence[_Order]
+        self, call: Call, key: IdempotencyKey | None, document: Any, orders: Sequence[Order]
     ) -> tuple[list[dict[str, Any]], list[TidingsError]]:
         """What became of each order, ready for the answer; and what was not confirmed, in their order."""
         messages = [message for order in orders for message in order.messages]
@@ -90,18 +74,14 @@ class Publishing:
         with self._room.of(units=len(messages)):
             if key is not None:
                 await self._idempotency.claim(key, call.request.path, document)
-            outcomes = iter(await self._backing.publisher.publish_ready(messages))
-        failures: list[TidingsError] = []
-        answers = []
-        for order in orders:
-            results = []
-            for name in order.names:
-                outcome = next(outcomes)
-                results.append({order.kind: name, **_outcome(outcome)})
-                if isinstance(outcome, TidingsError):
-                    failures.append(outcome)
-            answers.append({"id": order.id, "results": results})
-        return answers, failures
+            outcomes = await self._backing.publisher.publish_ready(messages)
+        failures = [outcome for outcome in outcomes if isinstance(outcome, TidingsError)]
+        left = iter(outcomes)
+        contents = [
+            {"id": order.id, "results": [{order.kind: name, **_outcome(next(left))} for name in order.names]}
+            for order in orders
+        ]
+        return contents, failures
 
 
 def _outcome(outcome: Receipt | TidingsError) -> dict[str, Any]:
@@ -123,67 +103,3 @@ def _answer(content: dict[str, Any], failures: Sequence[TidingsError]) -> web.Re
         "with its Idempotency-Key, or with the ids of the events, and what is stored already is stored once",
         **content,
     )
-
-
-def _read_order(document: Any, at: Path, who: Caller, key: IdempotencyKey | None, number: int) -> _Order:
-    """One event with its targets, checked; raises `Refused` with the place of what is wrong."""
-    given = members(document, at, required=("event",), optional=_TARGETS)
-    chosen = [name for name in _TARGETS if name in given]
-    if len(chosen) != 1:
-        raise Refused("invalid_body", "give one of `user`, `users` and `topic`", pointer=pointer_to(*at))
-    kind = chosen[0]
-    names, subjects = _read_targets(given[kind], (*at, kind), kind)
-    topic = names[0] if kind == "topic" else None
-    if topic is None and not who.scopes.allows("publish:user"):
-        raise Refused("not_allowed", "the token lacks the scope publish:user")
-    if topic is not None and not who.scopes.allows_topic(topic):
-        raise Refused("not_allowed", f"the token has no scope publish:topic: for {topic!r}")
-    id_, body = _read_event(given["event"], (*at, "event"), who, topic, key.id_of(number) if key else str(uuid4()))
-    messages = [Ready(where, id_, body) for where in subjects]
-    return _Order(id_, "user" if topic is None else "topic", names, messages)
-
-
-def _read_targets(given: Any, at: Path, kind: str) -> tuple[list[str], list[str]]:
-    """Names and subjects. Who is named twice is one."""
-    if kind == "users":
-        names = [text(one, (*at, number)) for number, one in enumerate(listed(given, at, MAX_AT_ONCE))]
-        places = {name: (*at, number) for number, name in reversed(list(enumerate(names)))}
-        names = list(dict.fromkeys(names))
-    else:
-        names, places = [text(given, at)], {}
-    subjects = []
-    for name in names:
-        with located(places.get(name, at)):
-            subjects.append(subject.notify_topic(name) if kind == "topic" else subject.notify_user(name))
-    return names, subjects
-
-
-def _read_event(given: Any, at: Path, who: Caller, topic: str | None, id_: str) -> tuple[str, bytes]:
-    """The event with what it may leave out, and its id."""
-    if type(given) is not dict:
-        raise Refused("invalid_body", "this must be an object: a CloudEvents 1.0 event", pointer=pointer_to(*at))
-    event = {"specversion": "1.0", "id": id_, "source": who.name, "time": datetime.now(UTC).isoformat()}
-    with located(at):
-        event.update((name, _attribute(name, value)) for name, value in given.items())
-    if topic is not None:
-        if "topic" in event:
-            raise Refused("invalid_body", "the event gets the topic that it goes to", pointer=pointer_to(*at, "topic"))
-        event["topic"] = topic
-    with located(at):
-        try:
-            body = orjson.dumps(event)
-        except orjson.JSONEncodeError as error:
-            raise InvalidNotification(f"the event cannot be written as JSON: {error}") from None
-        return notification.check(body).id, body
-
-
-def _attribute(name: str, value: Any) -> Any:
-    """An attribute as CloudEvents has them: a number is whole, also where it was written as 1.0, and has 32 bits."""
-    if name == "data" or type(value) not in (int, float):
-        return value
-    if value % 1 or not _LEAST <= value <= _MOST:
-        raise InvalidNotification(
-            f"attribute `{name[:80]}` must be a whole number from {_LEAST} to {_MOST}; payload belongs under `data`",
-            pointer_to(name),
-        )
-    return int(value)
