@@ -15,6 +15,7 @@ from support.command import answer
 from support.device import Device, Frame
 from support.mesh import KEY, Agent, Mesh
 from support.proxy import Proxy
+from tidings.client import Client
 from tidings.identity import issue, issue_service
 from tidings.stream import topology
 from tidings.stream.revocations import revoke
@@ -119,6 +120,24 @@ async def test_a_service_is_no_device(mesh: Mesh) -> None:
     assert await phone.closed() == 4403
 
 
+async def test_the_client_stays_connected(mesh: Mesh) -> None:
+    """The client SDK renews its tokens in time: its session outlives several of them, as another that cannot shows."""
+    gateway = await mesh.gateway(**STRICT)
+    given: list[str] = []
+
+    async def fresh() -> str:
+        given.append(token("alice", "phone", 2))
+        return given[-1]
+
+    async with Client(gateway.url.replace("/v1/ws", ""), fresh) as client:
+        session = client.welcome["session"]
+        witness, _ = await come(mesh, gateway, token("alice", "laptop", 3))
+        assert await witness.closed() == 4401
+        await client.count()
+        assert client.welcome["session"] == session
+        assert len(given) >= 2
+
+
 # Revocation
 
 
@@ -131,7 +150,7 @@ async def test_a_user_is_revoked_everywhere(mesh: Mesh) -> None:
     before = token("alice")
     phone, _ = await come(mesh, one, before, "phone")
     laptop, _ = await come(mesh, two, before, "laptop")
-    tablet, _ = await come(mesh, two, token("alice", "tablet"))
+    tablet, lingering = await come(mesh, two, token("alice", "tablet"))
     bob, _ = await come(mesh, one, token("bob"))
     later, _ = await come(mesh, two, token("alice", "watch", later_s=5))
     await tablet.cut()
@@ -148,6 +167,8 @@ async def test_a_user_is_revoked_everywhere(mesh: Mesh) -> None:
     unknown_age = jwt.encode({"sub": "alice", "exp": int(time.time()) + 60}, KEY, algorithm="HS256")
     assert (await come(mesh, one, unknown_age))[1]["code"] == "not_authenticated"
     assert (await come(mesh, one, token("alice", later_s=5), "phone"))[1]["t"] == "welcome"
+    again = await tablet.connect(token=token("alice", "tablet", later_s=5))
+    assert (again["t"], again["session"] != lingering["session"]) == ("welcome", True)
     for spared in (bob, later):
         assert (await spared.ask("count"))["t"] == "ok"
     refused = await later.ask("token", token=before)

@@ -95,6 +95,19 @@ class Settings:
     write_buffer_bytes: int = _number(262_144, 4096, 16_777_216, "most unsent bytes of one connection")
     write_stall_s: float = _number(10, 0.1, 600, "how long a client may leave its buffer full before it is closed")
     requests_per_session: int = _number(16, 1, 1000, "most inbox, mark and count requests under way on a connection")
+    client_frames_per_s: float = _number(
+        50, 0.1, 100_000, "frames a second of a user's devices on one gateway; acks of what they were sent are free"
+    )
+    client_frames_burst: int = _number(300, 10, 1_000_000, "how many of these frames may come at once")
+    client_bytes_per_s: float = _number(65_536, 100, 2**30, "bytes a second of a user's devices on one gateway")
+    client_bytes_burst: int = _number(1_048_576, 1024, 2**30, "how many of these bytes may come at once")
+    devices_max: int = _number(32, 1, 10_000, "most devices of a user on one gateway, lingering ones included")
+    strangers_max: int = _number(
+        5000, 10, 1_000_000, "most connections that have not said hello; above it the one that has not for longest goes"
+    )
+    memory_max_bytes: int = _number(
+        2_147_483_648, 0, 2**50, "above it, of the whole process, no new session is taken (Linux); 0 for no limit"
+    )
     pull_expires_s: float = _number(300, 1, 3600, "how long one pull request waits at the server")
     consumer_idle_s: float = _number(300, 10, 86_400, "how long a killed gateway's consumers stay")
     subscriptions_max: int = _number(10_000, 1, 1_000_000, "most subscriptions of a user")
@@ -109,7 +122,10 @@ class Settings:
     subscribe_callback_ttl_s: float = _number(60, 0, 86_400, "how long its answer counts")
     subscribe_callback_cache: int = _number(100_000, 0, 10_000_000, "most answers of it that are remembered")
     subscribe_callback_at_once: int = _number(32, 1, 10_000, "most questions to it that are under way")
-    consumer_starts: int = _number(64, 1, 4096, "most consumers that a gateway makes at a time")
+    consumer_starts: int = _number(64, 1, 4096, "most sessions that a gateway starts or mends at a time")
+    start_wait_s: float = _number(
+        2, 0.1, 10, "how long a device may wait to be started; who would wait longer is told when to come back"
+    )
     delivery_marks: str = _text(
         "on", "note in the inbox when and where each was delivered first", choices=("on", "off")
     )
@@ -120,7 +136,11 @@ class Settings:
     )
     claim_timeout_ms: int = _number(100, 1, 10_000, "how long another gateway may take to hand a device over")
     probe_interval_s: float = _number(1, 0.1, 60, "how often a gateway asks each NATS node for one of its consumers")
-    drain_s: float = _number(4, 0, 300, "over how long a stopping gateway closes its sockets")
+    drain_notice_s: float = _number(
+        0, 0, 300, "how long a stopping gateway is not ready and still serves, so that a load balancer can notice"
+    )
+    drain_per_s: int = _number(500, 1, 100_000, "how many devices a second a stopping gateway sends away")
+    drain_s: float = _number(20, 0, 300, "after how long at most a stopping gateway has closed all its sockets")
 
     # The inbox agent
     inbox_batch: int = _number(256, 1, 10_000, "most notifications of one write")
@@ -169,6 +189,7 @@ class Settings:
     # All
     log_level: str = _text("info", "how much is logged", choices=("debug", "info", "warning", "error"))
     request_timeout_s: float = _number(5, 0.1, 60, "how long an answer of JetStream may take")
+    api_requests: int = _number(64, 1, 4096, "most requests that a process has under way at JetStream's API")
 
     def __post_init__(self) -> None:
         problems = _problems({item.name: getattr(self, item.name) for item in fields(self)})
@@ -244,6 +265,12 @@ def _problems(values: Mapping[str, Any]) -> dict[str, str]:
         )
     if "token_key" not in found:
         found.update(_secrets_problem(values["token_key"]))
+    if not found.keys() & {"client_bytes_burst", "frame_max_bytes"}:
+        burst, frame = values["client_bytes_burst"], values["frame_max_bytes"]
+        if burst < frame:
+            found["client_bytes_burst"] = (
+                f"client_bytes_burst is {burst}: it may not be below frame_max_bytes, which is {frame}"
+            )
     return found
 
 

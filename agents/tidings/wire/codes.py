@@ -69,6 +69,9 @@ REPLACED: Final = Close(4409, "replaced", "a newer session of the same device to
 TOO_SLOW: Final = Close(4410, "too_slow", "the client did not read what it was sent", True)
 FRAME_TOO_LARGE: Final = Close(4413, "frame_too_large", "a client frame was over the limit", False)
 TOO_MANY_REQUESTS: Final = Close(4429, "too_many_requests", "the client asked for more than it may", True)
+TOO_MANY_DEVICES: Final = Close(
+    4430, "too_many_devices", "the user has as many devices connected here as one may have", True
+)
 OVERLOADED: Final = Close(4503, "overloaded", "this gateway cannot take the session now", True)
 
 CLOSES: Final = (
@@ -82,6 +85,7 @@ CLOSES: Final = (
     TOO_SLOW,
     FRAME_TOO_LARGE,
     TOO_MANY_REQUESTS,
+    TOO_MANY_DEVICES,
     OVERLOADED,
 )
 
@@ -89,7 +93,11 @@ ERRORS: Final = (
     ErrorCode("bad_frame", "the frame is not what the protocol expects here", False),
     ErrorCode("unknown_type", "no frame of this type exists", False),
     ErrorCode("bad_position", "a position was not handed out by this mesh", False),
-    ErrorCode("too_many_requests", "too many requests are under way on this connection", True),
+    ErrorCode(
+        "too_many_requests",
+        "too many requests are under way on this connection, or more was sent than a user's devices may",
+        True,
+    ),
     ErrorCode("bad_topic", "a topic is no name of levels with dots between them", False),
     ErrorCode("topic_too_long", "a topic has too many characters", False),
     ErrorCode("topic_too_deep", "a topic has too many levels", False),

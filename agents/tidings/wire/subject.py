@@ -46,6 +46,7 @@ __all__ = [
     "partition",
     "plane_of_dead",
     "presence",
+    "readable",
     "revoked_device",
     "revoked_of",
     "revoked_user",
@@ -106,6 +107,12 @@ def unescape(token: str, what: str = "user id") -> str:
         if text and len(text) <= MAX_ID and escape(text, what) == token:
             return text
     raise BadSubject(f"{token[:80]!r} is not the escaped form of a {what}: escape it as %XX of its UTF-8 bytes")
+
+
+def readable(where: bytes) -> str:
+    """A subject as text. The server takes any bytes: those that are no UTF-8 become ``\\xff``, which no token of ours
+    has."""
+    return where.decode(errors="backslashreplace")
 
 
 def partition(token: str, partitions: int) -> int:
@@ -214,6 +221,11 @@ def gateway_session(gateway: str, session: str) -> str:
 def gateway_feed(gateway: str, number: int) -> str:
     """Reply subject of the pulls of a gateway's feed of broadcasts."""
     return f"gw.{gateway}.feed.{number}"
+
+
+def gateway_deleted(gateway: str, consumer: str) -> str:
+    """Reply subject of the deletion of a consumer."""
+    return f"gw.{gateway}.deleted.{consumer}"
 
 
 def gateway_topics(gateway: str) -> str:
