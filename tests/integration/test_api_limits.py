@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from support.api import LIKE, api, client, refusal, service, user
-from support.clock import PATIENCE_S
+from support.clock import PATIENCE_S, until
 from support.faulty import FaultyStore
 from support.mesh import Mesh
 from tidings.api.agent import Api
@@ -145,8 +145,9 @@ async def test_slow_body(mesh: Mesh) -> None:
             assert b'"body_timeout"' in await reader.readuntil(b"}")
 
 
-async def test_client_that_does_not_read(mesh: Mesh) -> None:
+async def test_client_that_does_not_read(mesh: Mesh, caplog: pytest.LogCaptureFixture) -> None:
     """Whoever does not read the answers is dropped, and gives back the room that was taken."""
+    caplog.set_level("INFO", "tidings.api")
     await mesh.inbox()
     ids = await mesh.publish("alice", 100, size=15_000)
     await mesh.stored("alice", *ids)
@@ -156,7 +157,7 @@ async def test_client_that_does_not_read(mesh: Mesh) -> None:
         request = f"GET /v1/users/alice/inbox?limit=200 HTTP/1.1\r\nHost: a\r\nAuthorization: {authorization}\r\n\r\n"
         # More than what the kernel keeps for a client that does not read.
         writer.write(request.encode() * 20)
-        await until_status(http, UNREAD, user("alice"), 503)
+        await until(lambda: "does not read its answer" in caplog.text, "the connection is dropped")
         await until_status(http, UNREAD, user("alice"), 200)
         try:
             assert await to_the_end(reader) < 20 * 100 * 15_000
@@ -285,3 +286,17 @@ async def test_mistakes_tell_nothing(mesh: Mesh, caplog: pytest.LogCaptureFixtur
     refusal(answer, 500, "internal")
     assert "secret" not in answer.text
     assert "a secret of the database" in caplog.text
+
+
+async def test_silent_connections_keep_nobody_out(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Above the limit of connections that ask nothing the one that is silent for longest goes; requests are served."""
+    monkeypatch.setattr("tidings.runtime.porch._FAIR_S", 0.0)
+    async with api(mesh, strangers_max=10) as http:
+        silent = [await asyncio.open_connection("127.0.0.1", http.base_url.port) for _ in range(10)]
+        try:
+            assert (await http.get(UNREAD, headers=user("alice"))).status_code == 200
+            async with asyncio.timeout(PATIENCE_S):
+                assert await silent[0][0].read() == b""
+        finally:
+            for _, writer in silent:
+                writer.close()

@@ -21,6 +21,7 @@ from aiohttp import web
 from tidings.identity import Verifier
 from tidings.identity.entitlement import TopicEntitlement
 from tidings.publish import Publisher
+from tidings.runtime.porch import Porch, Runner
 from tidings.runtime.service import Service
 from tidings.runtime.settings import Settings
 from tidings.store.guard import GuardedStore
@@ -37,6 +38,8 @@ from .gate import Gate
 
 __all__ = ["Api"]
 
+_IDLE_S: Final = 60.0
+"""How long a connection stays open between two requests."""
 _LINGER_S: Final = 2.0
 
 
@@ -59,8 +62,7 @@ class Api(Service):
         self._publisher: Publisher | None = None
         self._backing: Backing | None = None
         self._revocations: Revocations | None = None
-        self._runner: web.AppRunner | None = None
-        self._site: web.TCPSite | None = None
+        self._runner: Runner | None = None
         self.port = 0
         """The port that is listened on, once started."""
 
@@ -85,21 +87,25 @@ class Api(Service):
         self.spawn(revocations.follow())
         clock = asyncio.get_running_loop().time
         gate = Gate(settings, self._verifier, revocations, clock)
-        await self._listen(make_app(backing, gate, self._unready, self._observer))
+        porch = Porch(settings.strangers_max)
+        app = make_app(backing, gate, porch, self._unready, self._observer)
+        await self._listen(app, porch)
         self.log.info("the api listens on %s:%d", settings.api_host, self.port)
 
-    async def _listen(self, app: web.Application) -> None:
+    async def _listen(self, app: web.Application, porch: Porch) -> None:
         host, port = self._settings.api_host, self._settings.api_port
-        self._runner = web.AppRunner(
+        self._runner = Runner(
             app,
+            porch,
             access_log=None,
             handle_signals=False,
             shutdown_timeout=self._settings.api_publish_timeout_s,
+            keepalive_timeout=_IDLE_S,
             lingering_time=_LINGER_S,
             auto_decompress=False,
         )
         await self._runner.setup()
-        self._site = site = web.TCPSite(self._runner, host, port, backlog=1024)
+        site = web.TCPSite(self._runner, host, port, backlog=1024)
         try:
             # Cancelled half-way, asyncio would leave a socket that listens and that nobody has.
             listening = asyncio.ensure_future(site.start())

@@ -91,11 +91,11 @@ class Gate:
         # A user and a service of one name are two.
         name = f"s:{who.name}" if isinstance(who, Caller) else f"u:{who.user}"
         with self._room.of(name):
-            if isinstance(who, Caller):
-                _take(verdicts, self._services, name)
+            # Whatever is asked for: what is refused counts too.
+            _take(verdicts, self._services if isinstance(who, Caller) else self._users, name)
             user = _user_of(request)
             _check_allowed(who, user, route.scope)
-            if user is not None:
+            if user is not None and isinstance(who, Caller):
                 _take(verdicts, self._users, f"{name}\0{user}")
             return await route.handler(Call(request, who, user or "", verdicts))
 

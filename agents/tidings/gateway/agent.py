@@ -18,6 +18,7 @@ from aiohttp import web
 
 from tidings.identity import Verifier
 from tidings.identity.entitlement import TopicEntitlement
+from tidings.runtime.porch import Porch, Runner
 from tidings.runtime.service import Service
 from tidings.runtime.settings import Settings
 from tidings.store.guard import GuardedStore
@@ -34,7 +35,6 @@ from .hub import Hub
 from .keeper import Keeper
 from .leaving import Leaving
 from .opening import Opener, give_up
-from .porch import Porch, Runner
 from .requests import Requests
 
 __all__ = ["Gateway"]
