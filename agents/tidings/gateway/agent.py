@@ -18,6 +18,7 @@ from aiohttp import web
 
 from tidings.runtime.service import Service
 from tidings.runtime.settings import Settings
+from tidings.runtime.tls import server_tls
 from tidings.store.guard import GuardedStore
 from tidings.store.port import Store
 from tidings.stream import consumers, topology
@@ -100,7 +101,8 @@ class Gateway(Service):
             self.spawn(loop())
         connection.gulp_s = _GULP_S
         await self._listen()
-        self.log.info("gateway %s listens on %s:%d", hub.gateway, self._settings.host, self.port)
+        secured = " with TLS" if self._settings.tls_certificate else ""
+        self.log.info("gateway %s listens on %s:%d%s", hub.gateway, self._settings.host, self.port, secured)
 
     async def _read_floors(self, hub: Hub) -> None:
         async def read(partition: int) -> None:
@@ -123,7 +125,10 @@ class Gateway(Service):
         self._runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=1.0)
         await self._runner.setup()
         host, port = self._settings.host, self._settings.port
-        site = web.TCPSite(self._runner, host, port, backlog=4096)
+        tls = server_tls(self._settings)
+        if tls is not None:
+            self.spawn(tls.watch())
+        site = web.TCPSite(self._runner, host, port, backlog=4096, ssl_context=tls and tls.context)
         try:
             # Cancelled half-way, asyncio would leave a socket that listens and that nobody has.
             listening = asyncio.ensure_future(site.start())

@@ -17,9 +17,12 @@ from urllib.parse import urlsplit
 
 from tidings.wire.errors import BadSettings
 
-__all__ = ["ENVIRONMENT_PREFIX", "Settings"]
+__all__ = ["ENVIRONMENT_PREFIX", "INSECURE", "Settings", "exceptions_of"]
 
 ENVIRONMENT_PREFIX: Final = "TIDINGS_"
+
+INSECURE: Final = ("gateway", "api", "nats", "nats-credentials", "cql", "token-key")
+"""What the setting `insecure` may name; see `runtime.exposure`."""
 
 
 def _number(default: float, least: float, most: float, text: str) -> Any:
@@ -37,6 +40,11 @@ class Settings:
     # The log
     nats_url: str = _text("nats://127.0.0.1:4222", "servers of the NATS cluster, comma-separated")
     nats_credentials: str = _text("", "path of a NATS credentials file (needs tidings[nkeys]); empty for none")
+    nats_ca: str = _text(
+        "", "path of the CA certificates (PEM) that NATS servers are checked against; empty for the system's"
+    )
+    nats_certificate: str = _text("", "path of our certificate (PEM) for NATS servers that ask for one")
+    nats_key: str = _text("", "path of its private key (PEM)")
     partitions: int = _number(64, 1, 1024, "partitions of the personal plane; fixed when the topology is created")
     replicas: int = _number(3, 1, 5, "replicas of every stream")
     stream_max_age_s: int = _number(21_600, 1, 2_592_000, "how long the log keeps a notification")
@@ -52,6 +60,11 @@ class Settings:
     store_timeout_s: float = _number(1, 0.05, 60, "how long the store may take for what a client waits for")
     cql_replication: str = _text("", "copies in each datacenter of a new CQL keyspace, such as dc1:3 or dc1:3,dc2:3")
     retention_days: int = _number(90, 1, 3650, "how long the inbox keeps a notification")
+
+    # The doors: gateway and api
+    tls_certificate: str = _text("", "path of the certificate (PEM, with its chain) to serve TLS with; empty for none")
+    tls_key: str = _text("", "path of its private key (PEM, not encrypted)")
+    tls_check_s: float = _number(5, 0.05, 3600, "how often those files are looked at for renewed ones")
 
     # The gateway
     host: str = _text("127.0.0.1", "address to listen on")
@@ -103,6 +116,9 @@ class Settings:
     fanout_ack_wait_s: float = _number(60, 1, 3600, "how long a topic message may take before another agent tries")
 
     # All
+    insecure: str = _text(
+        "", "what may be without protection, comma-separated: gateway, api, nats, nats-credentials, cql, token-key"
+    )
     log_level: str = _text("info", "how much is logged", choices=("debug", "info", "warning", "error"))
     request_timeout_s: float = _number(5, 0.1, 60, "how long an answer of JetStream may take")
 
@@ -144,6 +160,11 @@ class Settings:
         ]
 
 
+def exceptions_of(text: str) -> set[str]:
+    """What the setting `insecure` names."""
+    return {name for part in text.split(",") if (name := part.strip())}
+
+
 def _is_server(text: str) -> bool:
     try:
         parts = urlsplit(text if "://" in text else f"nats://{text}")
@@ -173,6 +194,13 @@ def _problems(values: Mapping[str, Any]) -> dict[str, str]:
         found["window"] = (
             f"window is {values['window']}: it may not be above window_max, which is {values['window_max']}"
         )
+    for certificate, key in (("tls_certificate", "tls_key"), ("nats_certificate", "nats_key")):
+        if not found.keys() & {certificate, key} and bool(values[certificate]) != bool(values[key]):
+            missing = key if values[certificate] else certificate
+            found[missing] = f"{missing} is not set: {certificate} and {key} belong together, give both or neither"
+    unknown = [] if "insecure" in found else sorted(exceptions_of(values["insecure"]) - set(INSECURE))
+    if unknown:
+        found["insecure"] = f"insecure has {unknown[0]!r}: it may have {', '.join(INSECURE)}, comma-separated"
     if "token_key" not in found and 0 < len(values["token_key"]) < 32:
         found["token_key"] = "token_key is too short: give at least 32 characters, such as `openssl rand -hex 32`"
     return found
