@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 import ssl
 from datetime import UTC, datetime
 from pathlib import Path
 
 import trustme
+from cryptography import x509
 
 LOCAL = ("localhost", "127.0.0.1")
 
@@ -46,8 +48,6 @@ def settings_for(pair: tuple[Path, Path]) -> dict[str, str]:
 
 def serial_of(pem: Path) -> str:
     """The serial number of the first certificate in a file, as `ssl.SSLSocket.getpeercert` writes it."""
-    from cryptography import x509
-
     number = x509.load_pem_x509_certificates(pem.read_bytes())[0].serial_number
     text = f"{number:X}"
     return text if len(text) % 2 == 0 else f"0{text}"
@@ -55,6 +55,4 @@ def serial_of(pem: Path) -> str:
 
 def served(port: int, trust: ssl.SSLContext, host: str = "localhost") -> ssl.SSLSocket:
     """A TLS connection to a door of this machine, shaken hands with."""
-    import socket
-
     return trust.wrap_socket(socket.create_connection(("127.0.0.1", port), 10), server_hostname=host)

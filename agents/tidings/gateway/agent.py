@@ -128,7 +128,7 @@ class Gateway(Service):
         tls = server_tls(self._settings)
         if tls is not None:
             self.spawn(tls.watch())
-        site = web.TCPSite(self._runner, host, port, backlog=4096, ssl_context=tls and tls.context)
+        site = web.TCPSite(self._runner, host, port, backlog=4096, ssl_context=None if tls is None else tls.context)
         try:
             # Cancelled half-way, asyncio would leave a socket that listens and that nobody has.
             listening = asyncio.ensure_future(site.start())

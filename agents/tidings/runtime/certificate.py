@@ -1,7 +1,7 @@
 """The one thing of a certificate that the standard library does not tell: until when it is good.
 
 X.509 (RFC 5280, section 4.1) in DER (X.690): a value is a tag, a length and its content, and
-``Certificate = SEQ { tbs = SEQ { [0] version OPTIONAL, serial, signature, issuer, validity = SEQ { from, to } … } … }``.
+``Certificate = SEQ { SEQ { [0] version OPTIONAL, serial, signature, issuer, validity = SEQ { from, to } … } … }``.
 """
 
 from __future__ import annotations

@@ -17,6 +17,8 @@ from urllib.parse import urlsplit
 
 from tidings.wire.errors import BadSettings
 
+from .address import shown
+
 __all__ = ["ENVIRONMENT_PREFIX", "INSECURE", "Settings", "exceptions_of"]
 
 ENVIRONMENT_PREFIX: Final = "TIDINGS_"
@@ -188,7 +190,7 @@ def _problems(values: Mapping[str, Any]) -> dict[str, str]:
     if "nats_url" not in found:
         for server in values["nats_url"].split(","):
             if not _is_server(server):
-                found["nats_url"] = f"nats_url has the server {server!r}: it must be like nats://127.0.0.1:4222"
+                found["nats_url"] = f"nats_url has the server {shown(server)!r}: it must be like nats://127.0.0.1:4222"
                 break
     if not found.keys() & {"window", "window_max"} and values["window"] > values["window_max"]:
         found["window"] = (

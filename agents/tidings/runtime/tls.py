@@ -81,7 +81,7 @@ class ServerTls:
         try:
             self._newest = _server_context(*self._files)
         except BadSettings as error:
-            log.error("the renewed certificate is not used, the old one goes on: %s", error)
+            log.warning("the renewed certificate is not used, the old one goes on: %s", error)
             return
         log.info("new connections get the renewed certificate %s", self._files[0])
         _warn_of_end("tls_certificate", self._files[0])
@@ -104,14 +104,14 @@ class ClientTls:
             _warn_of_end(names[1], certificate)
 
     def context(self) -> ssl.SSLContext:
-        """For the next connection: host names are checked. Files that are bad by now are said, and the old ones used."""
+        """For the next connection; host names are checked. Of files that are bad by now it is said, the old ones go on."""
         stamp = _stamp(self._given)
         if stamp != self._stamp:
             self._stamp = stamp
             try:
                 self._context = _client_context(self._given, self._names)
             except BadSettings as error:
-                log.error("renewed files are not used, the old ones go on: %s", error)
+                log.warning("renewed files are not used, the old ones go on: %s", error)
         return self._context
 
 
@@ -162,7 +162,9 @@ def _client_context(given: tuple[str, str, str], names: tuple[str, str, str]) ->
 def _load_pair(context: ssl.SSLContext, certificate: str, key: str, names: tuple[str, str]) -> None:
     _read(names[0], certificate, _CERTIFICATE, "certificate")
     if "ENCRYPTED" in _read(names[1], key, _KEY, "private key"):
-        raise BadSettings(f"{names[1]} is {key}, which is encrypted: an agent starts without anybody at hand, decrypt it")
+        raise BadSettings(
+            f"{names[1]} is {key}, which is encrypted: an agent starts without anybody at hand, decrypt it"
+        )
     try:
         # Without a function OpenSSL would ask the terminal for a password.
         context.load_cert_chain(certificate, key, password=_no_password)
@@ -188,7 +190,11 @@ def _read(name: str, path: str, mark: str, what: str) -> str:
         text = Path(path).read_text(encoding="ascii", errors="replace")
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        remedy = "give this user the right to read it" if isinstance(error, PermissionError) else "set it to one that is there"
+        remedy = (
+            "give this user the right to read it"
+            if isinstance(error, PermissionError)
+            else "set it to one that is there"
+        )
         raise BadSettings(f"{name} is {path}, which cannot be read: {reason}; {remedy}") from None
     if mark not in text:
         raise BadSettings(f"{name} is {path}, which has no {what} in PEM (a block that begins with -----BEGIN)")
