@@ -53,6 +53,6 @@ def serial_of(pem: Path) -> str:
     return text if len(text) % 2 == 0 else f"0{text}"
 
 
-def served(port: int, trust: ssl.SSLContext, host: str = "localhost") -> ssl.SSLSocket:
+def served(port: int, trust: ssl.SSLContext, host: str | None = "localhost") -> ssl.SSLSocket:
     """A TLS connection to a door of this machine, shaken hands with."""
     return trust.wrap_socket(socket.create_connection(("127.0.0.1", port), 10), server_hostname=host)

@@ -58,7 +58,9 @@ class Device:
         """Connect, say hello, return the welcome (or the first frame, when it is another)."""
         await self._end_reader()
         self._http = self._http or aiohttp.ClientSession()
-        self._socket = await self._http.ws_connect(self.url, protocols=(SUBPROTOCOL,), max_msg_size=0, ssl=self._trust or True)
+        self._socket = await self._http.ws_connect(
+            self.url, protocols=(SUBPROTOCOL,), max_msg_size=0, ssl=self._trust or True
+        )
         self.close_code = None
         await self._socket.send_json({**self._hello, **hello})
         start = len(self.frames)
