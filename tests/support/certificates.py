@@ -9,6 +9,7 @@ from pathlib import Path
 
 import trustme
 from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 
 LOCAL = ("localhost", "127.0.0.1")
 
@@ -29,7 +30,9 @@ class Authority:
         certificate, key = self.folder / f"{name}.pem", self.folder / f"{name}.key"
         certificate.write_bytes(b"".join(pem.bytes() for pem in made.cert_chain_pems))
         key.touch(mode=0o600)
-        key.write_bytes(made.private_key_pem.bytes())
+        # PKCS 8, which Java reads, too.
+        private = load_pem_private_key(made.private_key_pem.bytes(), None)
+        key.write_bytes(private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
         return certificate, key
 
     def expired(self, name: str) -> tuple[Path, Path]:
