@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 from urllib.parse import unquote
 
+from tidings.runtime.address import shown
 from tidings.wire.errors import BadSettings, StreamUnavailable, TidingsError, TopologyMismatch
 
 from .common import DEFAULT_STATE, Commands, add_nats, add_state, check_mapping, load, run
@@ -68,7 +69,7 @@ def _doctor(args: argparse.Namespace) -> int:
         state = DEFAULT_STATE if _mesh_runs(DEFAULT_STATE) else None
     if state is not None:
         settings = _of_state(settings, state)
-    return run(_examine(settings))
+    return run(_examine(settings, dev=state is not None))
 
 
 def _mesh_runs(folder: Path) -> bool:
@@ -94,9 +95,13 @@ def _of_state(settings: Settings, folder: Path) -> Settings:
     return embedded(settings, state, mesh.nats_url, read_key(folder))
 
 
-async def _examine(settings: Settings) -> int:
+async def _examine(settings: Settings, *, dev: bool) -> int:
     failed = False
-    for checks in (_nats(settings), _store(settings), _machine(settings)):
+    checked = [_nats(settings), _store(settings), _machine(settings)]
+    if not dev:
+        # Of a development mesh everything is open to this machine, on purpose.
+        checked.append(_protection(settings))
+    for checks in checked:
         async for verdict, text in checks:
             print(f"{verdict:<4}  {text}", flush=True)
             failed = failed or verdict == "FAIL"
@@ -130,7 +135,7 @@ async def _nats(settings: Settings) -> AsyncIterator[_Finding]:
 
 def _version(connection: Connection, settings: Settings) -> _Finding:
     version = connection.connected_server_version
-    text = f"NATS at {settings.nats_url}: nats-server {version.major}.{version.minor}.{version.patch}"
+    text = f"NATS at {shown(settings.nats_url)}: nats-server {version.major}.{version.minor}.{version.patch}"
     if (version.major, version.minor) < _OLDEST_SERVER:
         return _fail(f"{text}, which lacks what is needed: upgrade it to {_dotted(_TESTED_SERVER)} or newer")
     if (version.major, version.minor) < _TESTED_SERVER:
@@ -207,12 +212,13 @@ async def _clock(connection: Connection) -> _Finding:
 
 
 async def _store(settings: Settings) -> AsyncIterator[_Finding]:
-    from tidings.store.factory import open_store_url, shown
+    from tidings.store.factory import open_store_url
+    from tidings.store.factory import shown as shown_store
 
     if _is_missing_file(settings.store_url):
         # Opening would make it, here, where perhaps no agent runs.
         yield _warn(
-            f"store at {shown(settings.store_url)}: not there yet: the first agent that starts in this folder makes it"
+            f"store at {shown_store(settings.store_url)}: not there yet: the first agent that starts in this folder makes it"
         )
         return
     store = open_store_url(settings.store_url, retention_days=settings.retention_days)
@@ -220,9 +226,9 @@ async def _store(settings: Settings) -> AsyncIterator[_Finding]:
         await store.open()
         await store.check()
     except TidingsError as error:
-        yield _fail(f"store at {shown(settings.store_url)}: {error}")
+        yield _fail(f"store at {shown_store(settings.store_url)}: {error}")
     else:
-        yield _ok(f"store at {shown(settings.store_url)}: reads and writes")
+        yield _ok(f"store at {shown_store(settings.store_url)}: reads and writes")
     finally:
         await store.close()
 
@@ -247,3 +253,25 @@ async def _machine(settings: Settings) -> AsyncIterator[_Finding]:
         yield _ok("token_key: set")
     else:
         yield _fail("token_key: not set, gateways do not start. Give them TIDINGS_TOKEN_KEY: `openssl rand -hex 32`")
+
+
+async def _protection(settings: Settings) -> AsyncIterator[_Finding]:
+    from tidings.runtime.certificate import good_until
+    from tidings.runtime.exposure import exposures
+    from tidings.runtime.settings import exceptions_of
+    from tidings.runtime.tls import server_tls
+
+    found, allowed = exposures(settings), exceptions_of(settings.insecure)
+    for name, text in found:
+        yield _warn(f"insecure={name}: {text}") if name in allowed else _fail(f"agents do not start: {text}")
+    if not found:
+        yield _ok("protection: no address outside of this machine is without TLS")
+    if settings.tls_certificate:
+        try:
+            server_tls(settings)
+            end = good_until(Path(settings.tls_certificate).read_text(encoding="ascii", errors="replace"))
+        except (BadSettings, ValueError) as error:
+            yield _fail(f"certificate: {error}")
+            return
+        text = f"certificate: {settings.tls_certificate} is good until {end:%Y-%m-%d %H:%M} UTC"
+        yield _ok(text) if end > datetime.now(UTC) else _fail(f"{text}: renew it")

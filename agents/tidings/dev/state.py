@@ -24,6 +24,7 @@ from urllib.parse import quote
 
 import orjson
 
+from tidings.runtime.exposure import DEV_KEY_PREFIX
 from tidings.wire.errors import StartFailed
 
 __all__ = ["DEFAULT_PARTITIONS", "Marker", "Running", "StateFolder", "read_key", "running"]
@@ -127,7 +128,7 @@ class StateFolder:
         file = self.path / _KEY
         try:
             with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as new:
-                new.write(secrets.token_hex(_LEAST_KEY) + "\n")
+                new.write(f"{DEV_KEY_PREFIX}{secrets.token_hex(_LEAST_KEY)}\n")
         except FileExistsError:
             pass
         except OSError as error:
