@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import resource
 import time
 from collections.abc import AsyncIterator
@@ -92,7 +93,7 @@ def _of_state(settings: Settings, folder: Path) -> Settings:
     print(f"the mesh of `tidings dev` on {folder}:")
     state = StateFolder(folder)
     state.look()
-    return embedded(settings, state, mesh.nats_url, read_key(folder))
+    return dataclasses.replace(embedded(settings, state, mesh.nats_url, read_key(folder)), nats_ca=mesh.ca)
 
 
 async def _examine(settings: Settings, *, dev: bool) -> int:
