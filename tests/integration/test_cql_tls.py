@@ -98,5 +98,5 @@ def test_options_of_the_address(options: str, words: str) -> None:
 
 async def test_a_ca_that_is_not_there() -> None:
     """A file that is missing is named with its option, before anything is connected."""
-    with pytest.raises(BadSettings, match="the option ca of store_url is /none.pem, which cannot be read"):
+    with pytest.raises(BadSettings, match=r"the option ca of store_url is /none\.pem, which cannot be read"):
         await Database(parse_url("cql://127.0.0.1:1/system?tls=on&ca=/none.pem")).connect()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import ssl
 import stat
 from datetime import UTC, datetime, timedelta
@@ -20,6 +19,12 @@ from tidings.dev import authority as module
 from tidings.dev.authority import Authority
 from tidings.runtime.certificate import good_until
 from tidings.wire.errors import StartFailed
+
+
+def authority_of(state: Path) -> bytes:
+    """Its certificate; only the owner may read its key."""
+    assert stat.S_IMODE((state / "tls" / "ca.key").stat().st_mode) == 0o600
+    return (state / "tls" / "ca.pem").read_bytes()
 
 
 async def test_everything_has_tls(tmp_path: Path) -> None:
@@ -44,13 +49,12 @@ async def test_everything_has_tls(tmp_path: Path) -> None:
             await listening.said(r"test.made .*\[one\]")
         ran = await answer("doctor", "--state", state)
         assert ran.process.returncode == 0, ran.lines
-    kept = Path(ca).read_bytes()
-    assert stat.S_IMODE(os.stat(state / "tls" / "ca.key").st_mode) == 0o600
+    kept = authority_of(state)
     async with dev(state, "--tls") as mesh:
         trust = ssl.create_default_context(cafile=ca)
         with await asyncio.to_thread(served, int(mesh.url.rpartition(":")[2]), trust, "127.0.0.1") as connection:
             assert connection.version() == "TLSv1.3"
-    assert Path(ca).read_bytes() == kept
+    assert authority_of(state) == kept
     async with dev(state) as mesh:
         assert mesh.url.startswith("http://")
 
@@ -74,7 +78,7 @@ def test_an_authority_that_is_damaged(tmp_path: Path) -> None:
     authority = Authority(tmp_path / "tls", "127.0.0.1")
     authority.renew()
     (tmp_path / "tls" / "ca.key").write_text("garbage")
-    with pytest.raises(StartFailed, match="put a copy of it and of ca.key back, or delete both"):
+    with pytest.raises(StartFailed, match=r"put a copy of it and of ca\.key back, or delete both"):
         authority.renew(anew=True)
 
 

@@ -72,7 +72,7 @@ def test_everything_else_is(host: str) -> None:
 
 
 def test_tls_and_credentials_are_protection(tmp_path: Path) -> None:
-    """TLS in the address or a CA, a login, a credentials file or a certificate; one server in the clear is one too many."""
+    """TLS in the address or a CA, a login, a credentials file or a certificate; one server without is too many."""
     certificate, key = map(str, Authority(tmp_path).pair("any"))
     mine = {"nats_certificate": certificate, "nats_key": key}
     assert names(host="0.0.0.0", tls_certificate=certificate, tls_key=key) == []

@@ -1,4 +1,4 @@
-"""TLS of the gateway and to NATS, with real processes: who is trusted, who is not, and certificates that are renewed."""
+"""TLS of the gateway and to NATS, with real processes: who is trusted, who is not, and renewed certificates."""
 
 from __future__ import annotations
 
@@ -63,10 +63,10 @@ async def test_who_is_not_trusted(mesh: Mesh, authority: Authority, tmp_path: Pa
     with pytest.raises(ssl.SSLCertVerificationError, match="unable to get local issuer"):
         await asyncio.to_thread(served, gateway.port, stranger.trust(), "push.example.com")
     old = authority.trust()
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="TLSv1_1"):
         old.minimum_version = old.maximum_version = ssl.TLSVersion.TLSv1_1
     old.set_ciphers("ALL:@SECLEVEL=0")
-    with pytest.raises(ssl.SSLError, match="PROTOCOL_VERSION|EOF"):
+    with pytest.raises(ssl.SSLError, match=r"PROTOCOL_VERSION|EOF"):
         await asyncio.to_thread(served, gateway.port, old, "push.example.com")
     (await asyncio.to_thread(served, gateway.port, authority.trust(), "push.example.com")).close()
 
@@ -198,7 +198,7 @@ async def test_nats_wants_a_certificate(tmp_path: Path, authority: Authority) ->
         connection = await connect(ours, "test")
         assert (await connection.api("INFO"))["streams"] == 0
         await connection.finish()
-    with pytest.raises(BadSettings, match="nats_ca is .*, which cannot be read"):
+    with pytest.raises(BadSettings, match=r"nats_ca is .*, which cannot be read"):
         await connect(Settings(nats_url="tls://127.0.0.1:1", nats_ca=str(tmp_path / "none.pem")), "test")
 
 

@@ -71,10 +71,9 @@ def _greeting(mesh: DevMesh, args: argparse.Namespace) -> str:
     http, nats = mesh.http_url, mesh.nats.url
     state = [] if args.state == DEFAULT_STATE else ["--state", str(args.state)]
     ca = None if mesh.authority is None else str(mesh.authority.ca)
-    if ca is not None:
-        to_nats = state
-    else:
-        to_nats = [] if nats == _DEFAULT_NATS else ["--nats", nats]
+    # What has an authority of its own is found by the state folder, not by an address alone.
+    elsewhere = [] if nats == _DEFAULT_NATS else ["--nats", nats]
+    to_nats = elsewhere if ca is None else state
     listen = shlex.join([*program(), "listen", "--user", "alice", *state])
     publish = shlex.join(
         [*program(), "publish", "--user", "alice", "--type", "social.like", "--data", '{"text":"hi"}', *to_nats]

@@ -213,23 +213,21 @@ async def _clock(connection: Connection) -> _Finding:
 
 
 async def _store(settings: Settings) -> AsyncIterator[_Finding]:
-    from tidings.store.factory import open_store_url
-    from tidings.store.factory import shown as shown_store
+    from tidings.store import factory
 
     if _is_missing_file(settings.store_url):
         # Opening would make it, here, where perhaps no agent runs.
-        yield _warn(
-            f"store at {shown_store(settings.store_url)}: not there yet: the first agent that starts in this folder makes it"
-        )
+        where = factory.shown(settings.store_url)
+        yield _warn(f"store at {where}: not there yet: the first agent that starts in this folder makes it")
         return
-    store = open_store_url(settings.store_url, retention_days=settings.retention_days)
+    store = factory.open_store_url(settings.store_url, retention_days=settings.retention_days)
     try:
         await store.open()
         await store.check()
     except TidingsError as error:
-        yield _fail(f"store at {shown_store(settings.store_url)}: {error}")
+        yield _fail(f"store at {factory.shown(settings.store_url)}: {error}")
     else:
-        yield _ok(f"store at {shown_store(settings.store_url)}: reads and writes")
+        yield _ok(f"store at {factory.shown(settings.store_url)}: reads and writes")
     finally:
         await store.close()
 
@@ -257,10 +255,9 @@ async def _machine(settings: Settings) -> AsyncIterator[_Finding]:
 
 
 async def _protection(settings: Settings) -> AsyncIterator[_Finding]:
-    from tidings.runtime.certificate import good_until
     from tidings.runtime.exposure import exposures
     from tidings.runtime.settings import exceptions_of
-    from tidings.runtime.tls import server_tls
+    from tidings.runtime.tls import end_of, server_tls
 
     found, allowed = exposures(settings), exceptions_of(settings.insecure)
     for name, text in found:
@@ -270,7 +267,7 @@ async def _protection(settings: Settings) -> AsyncIterator[_Finding]:
     if settings.tls_certificate:
         try:
             server_tls(settings)
-            end = good_until(Path(settings.tls_certificate).read_text(encoding="ascii", errors="replace"))
+            end = end_of(settings.tls_certificate)
         except (BadSettings, ValueError) as error:
             yield _fail(f"certificate: {error}")
             return

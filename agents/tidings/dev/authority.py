@@ -3,8 +3,8 @@
 | name in ``tls/`` | what it is |
 |---|---|
 | ``ca.pem`` | the authority's certificate: what clients are to trust |
-| ``ca.key`` | its key; readable by its owner only, as whoever has it can be any server to those clients |
-| ``server.pem``, ``server.key`` | for the page, the gateway and NATS; good for 90 days, made anew 30 days before the end |
+| ``ca.key`` | its key, for its owner only: whoever has it can be any server to those clients |
+| ``server.pem``, ``server.key`` | for page, gateway and NATS; good for 90 days, made anew 30 days before the end |
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class Authority:
                 return trustme.CA.from_pem(self.ca.read_bytes(), key.read_bytes())
             except ValueError:
                 raise StartFailed(
-                    f"the authority {self.ca} cannot be read: put a copy of it and of {key.name} back, or delete both to "
-                    "have a new one made (which every client is to trust anew)"
+                    f"the authority {self.ca} cannot be read: put a copy of it and of {key.name} back, or delete both "
+                    "to have a new one made (which every client is to trust anew)"
                 ) from None
         made = trustme.CA(organization_name="tidings dev", organization_unit_name=str(self._folder.parent)[:64])
         _write(key, made.private_key_pem.bytes())

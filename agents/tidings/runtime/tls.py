@@ -28,7 +28,7 @@ from .certificate import good_until
 if TYPE_CHECKING:
     from .settings import Settings
 
-__all__ = ["ClientTls", "ServerTls", "server_tls"]
+__all__ = ["ClientTls", "ServerTls", "end_of", "server_tls"]
 
 _SOON: Final = timedelta(days=14)
 _A_DAY_S: Final = 86_400
@@ -104,7 +104,7 @@ class ClientTls:
             _warn_of_end(names[1], certificate)
 
     def context(self) -> ssl.SSLContext:
-        """For the next connection; host names are checked. Of files that are bad by now it is said, the old ones go on."""
+        """For the next connection; host names are checked. Files that are bad by now are said, the old go on."""
         stamp = _stamp(self._given)
         if stamp != self._stamp:
             self._stamp = stamp
@@ -210,9 +210,14 @@ def _warn_of_readers(name: str, key: str) -> None:
         log.warning("everybody on this machine may read the private key %s (%s): `chmod o= ` it", key, name)
 
 
+def end_of(certificate: str) -> datetime:
+    """Until when the certificate in a file is good; raises `ValueError` or `OSError` where it cannot be read."""
+    return good_until(Path(certificate).read_text(encoding="ascii", errors="replace"))
+
+
 def _warn_of_end(name: str, certificate: str) -> None:
     try:
-        end = good_until(Path(certificate).read_text(encoding="ascii", errors="replace"))
+        end = end_of(certificate)
     except (OSError, ValueError) as error:
         log.warning("%s is %s, of which it is not known how long it is good: %s", name, certificate, error)
         return

@@ -128,7 +128,7 @@ class Connection(Client):
         # does not, would be sent the credentials in the clear.
         if initial_connection and self.tls is not None and not info.get("tls_required"):
             raise nats.errors.Error("the server has no TLS, and the settings want it")
-        await super()._process_info(info, initial_connection)  # type: ignore[no-untyped-call]
+        await super()._process_info(info, initial_connection)
 
     @property
     def reconnects(self) -> int:

@@ -43,7 +43,11 @@ _SPECULATE_AFTER_S: Final = 0.2
 _PROTOCOL: Final = 4
 """The newest that ScyllaDB and Cassandra share."""
 
-_TLS_NAMES: Final = tuple(f"the option {name} of store_url" for name in ("ca", "certificate", "key"))
+_TLS_NAMES: Final = (
+    "the option ca of store_url",
+    "the option certificate of store_url",
+    "the option key of store_url",
+)
 _TOO_LARGE: Final = re.compile(r"too large|longer than maximum|larger than the maximum", re.IGNORECASE)
 _ERRORS: Final = (DriverException, NoHostAvailable, ErrorMessage, ConnectionException, OSError)
 """All that the driver raises of a request; it has no common base for them."""
