@@ -207,7 +207,7 @@ def _reason(error: Exception) -> str:
 
 def _warn_of_readers(name: str, key: str) -> None:
     if os.stat(key).st_mode & stat.S_IRWXO:
-        log.warning("everybody on this machine may read the private key %s (%s): `chmod o= ` it", key, name)
+        log.warning("everybody on this machine may read the private key %s (%s): `chmod o-rwx` it", key, name)
 
 
 def end_of(certificate: str) -> datetime:
