@@ -115,16 +115,20 @@ async def connect(folder: str, port: int, devices: int) -> None:
 async def compare(devices: int, rounds: int) -> None:
     """Both halves, and their ratio, as a table."""
     with tempfile.TemporaryDirectory() as folder:
-        authority = trustme.CA()
-        pair = authority.issue_cert("localhost")
-        authority.cert_pem.write_to_path(f"{folder}/ca.pem")
-        Path(folder, "server.pem").write_bytes(pair.cert_chain_pems[0].bytes())
-        Path(folder, "server.key").touch(mode=0o600)
-        Path(folder, "server.key").write_bytes(pair.private_key_pem.bytes())
+        _make_pair(Path(folder))
         plain, secured = [await _half(where, devices, rounds) for where in ("", folder)]
     print(f"{'':12}{'plain':>10}{'TLS':>10}{'ratio':>8}")
     for name, value in plain.items():
         print(f"{name:12}{value:10.1f}{secured[name]:10.1f}{secured[name] / value:8.2f}")
+
+
+def _make_pair(folder: Path) -> None:
+    authority = trustme.CA()
+    pair = authority.issue_cert("localhost")
+    authority.cert_pem.write_to_path(str(folder / "ca.pem"))
+    (folder / "server.pem").write_bytes(pair.cert_chain_pems[0].bytes())
+    (folder / "server.key").touch(mode=0o600)
+    (folder / "server.key").write_bytes(pair.private_key_pem.bytes())
 
 
 async def _half(folder: str, devices: int, rounds: int) -> dict[str, float]:
