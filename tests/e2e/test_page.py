@@ -7,15 +7,20 @@ import re
 import shlex
 import shutil
 import signal
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import orjson
 import pytest
-from playwright.async_api import Locator, Page, expect
+from playwright.async_api import Locator, Page, Route, WebSocket, expect
 
 from support.browser import open_page
+from support.clock import until
 from support.command import answer
 from support.dev import Dev, dev, in_inbox
+from tidings.dev.state import read_key
+from tidings.identity import issue
 
 
 @pytest.fixture
@@ -287,3 +292,31 @@ async def test_the_same_topic_from_a_terminal(mesh: Dev, tmp_path: Path) -> None
         nats = await page.get_by_test_id("cmd-nats").text_content() or ""
         assert "nats pub --jetstream notify.topic.f%C3%AAte.4%202 " in nats
         assert "Nats-Msg-Id:notify.topic.f%C3%AAte.4%202/" in nats
+
+
+async def test_tokens_are_renewed(mesh: Dev, tmp_path: Path) -> None:
+    """The page shows a fresh token before the last one ends, twice, on the connection that it has."""
+    key, renewed, sockets = read_key(tmp_path / "state"), Counter[WebSocket](), list[WebSocket]()
+
+    async def short(route: Route) -> None:
+        asked = route.request.post_data_json
+        await route.fulfill(json={"token": issue(key, asked["user"], asked["device"], ttl_s=2)})
+
+    def watch(socket: WebSocket) -> None:
+        def received(payload: str | bytes) -> None:
+            if "expires_in" in orjson.loads(payload):
+                renewed[socket] += 1
+
+        sockets.append(socket)
+        socket.on("framereceived", received)
+
+    async with open_page(mesh.url) as page:
+        await page.route("**/dev/token", short)
+        page.on("websocket", watch)
+        await page.reload()
+        await cards(page)
+        # The welcome says it first.
+        await until(
+            lambda: len(renewed) == 3 and min(renewed.values()) >= 3, "every device has renewed its token twice"
+        )
+        assert len(sockets) == 3

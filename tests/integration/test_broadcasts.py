@@ -18,7 +18,7 @@ from tidings.gateway.agent import Gateway
 from tidings.gateway.feed import Feed
 from tidings.gateway.follows import Follows
 from tidings.gateway.session import Session
-from tidings.runtime.tokens import issue
+from tidings.identity import issue
 from tidings.store.port import Cursor
 from tidings.stream import consumers, topology
 from tidings.wire import subject

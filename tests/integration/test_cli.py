@@ -19,8 +19,9 @@ from support.command import answer, processes_of, tidings
 from support.device import Device
 from support.mesh import KEY, Mesh
 from tidings import __version__
+from tidings.identity import Device as DeviceToken
+from tidings.identity import Verifier, issue
 from tidings.runtime.settings import Settings
-from tidings.runtime.tokens import Identity, issue, verify
 from tidings.stream.server import NatsServer
 
 PARTITIONS = 4
@@ -153,9 +154,10 @@ async def test_token_prints_a_token(state: Path) -> None:
     before = int(time.time())
     ran = await answer("token", "--user", "alice", "--device", "phone", "--ttl", "15m", "--state", state)
     assert (ran.process.returncode, len(ran.lines)) == (0, 1)
-    identity = verify(KEY, ran.out[0])
-    assert identity[:2] == Identity("alice", "phone", 0)[:2]
-    assert before + 900 <= identity.expires <= time.time() + 900
+    token = await Verifier(Settings(token_key=KEY)).verify(ran.out[0])
+    assert isinstance(token, DeviceToken)
+    assert token[:2] == ("alice", "phone")
+    assert before + 900 <= token.expires <= time.time() + 900
 
 
 async def test_token_for_nobody(state: Path) -> None:
@@ -192,11 +194,11 @@ async def test_topology_plan_apply_show(nats: NatsServer) -> None:
     environment = small(nats)
     planned = await answer("topology", "plan", **environment)
     assert planned.out[0] == "create stream NOTIFY_0"
-    # A stream and a consumer a partition, for topics and for broadcasts; decisions, and dead letters.
-    assert planned.out[-1].startswith(f"{2 * PARTITIONS + 6} to do")
+    # A stream and a consumer a partition, for topics and for broadcasts; decisions, revocations, dead letters.
+    assert planned.out[-1].startswith(f"{2 * PARTITIONS + 7} to do")
     applied = await answer("topology", "apply", **environment)
     assert applied.process.returncode == 0
-    assert applied.out == [*planned.out[:-1], f"{2 * PARTITIONS + 6} done"]
+    assert applied.out == [*planned.out[:-1], f"{2 * PARTITIONS + 7} done"]
     again = await answer("topology", "apply", **environment)
     assert again.out == ["nothing to do"]
     shown = await answer("topology", "show", "--nats", nats.url)
@@ -206,6 +208,7 @@ async def test_topology_plan_apply_show(nats: NatsServer) -> None:
         "TOPICS",
         "DECISIONS",
         "BROADCAST",
+        "REVOCATIONS",
         "DEAD",
     ]
 

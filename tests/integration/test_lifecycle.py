@@ -26,13 +26,13 @@ from tidings.client import Client
 from tidings.dev.mesh import DevMesh
 from tidings.fanout.agent import FanoutAgent
 from tidings.gateway.agent import Gateway
+from tidings.identity import issue
 from tidings.inbox.agent import InboxAgent
 from tidings.publish import Receipt
 from tidings.publish.publisher import Publisher
 from tidings.runtime.backoff import Backoff
 from tidings.runtime.service import Service, State
 from tidings.runtime.settings import Settings
-from tidings.runtime.tokens import issue
 from tidings.stream import topology
 from tidings.stream.connection import Connection, connect
 from tidings.stream.server import NatsServer

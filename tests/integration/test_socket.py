@@ -25,6 +25,7 @@ from aiohttp import WSMsgType, web
 
 from support.certificates import Authority
 from support.clock import PATIENCE_S, SCALE, until
+from tidings.gateway.meter import Limits
 from tidings.gateway.socket import Socket
 from tidings.runtime.tls import ServerTls
 from tidings.wire import codes
@@ -32,6 +33,8 @@ from tidings.wire.frames import SUBPROTOCOL
 
 FRAME_MAX: Final = 100_000
 BUFFER_MAX: Final = 65_536
+LIMITS = Limits(1e6, 1_000_000, 1e9, 10**9)
+"""Nothing here is about them."""
 SMALL_KERNEL_BUFFER: Final = 4_096
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
 
@@ -204,7 +207,7 @@ class Server:
         """As `tidings.gateway.door` does it."""
         echo = Echo(request)
         self.transports.append(echo.transport)
-        echo.socket = socket = Socket(FRAME_MAX, BUFFER_MAX)
+        echo.socket = socket = Socket(FRAME_MAX, BUFFER_MAX, LIMITS)
         echo.response = response = await socket.accept(request)
 
         def hear(text: str) -> None:

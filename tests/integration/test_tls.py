@@ -18,8 +18,8 @@ from support.clock import PATIENCE_S, until
 from support.command import answer
 from support.mesh import KEY, PARTITIONS, Mesh
 from tidings.client import Client
+from tidings.identity import issue
 from tidings.runtime.settings import Settings
-from tidings.runtime.tokens import issue
 from tidings.stream.connection import Connection, connect
 from tidings.stream.server import NatsServer, NatsTls
 from tidings.wire.errors import BadSettings, StreamUnavailable

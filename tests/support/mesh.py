@@ -14,8 +14,8 @@ from typing import Any, Final
 
 import orjson
 
+from tidings.identity import issue
 from tidings.runtime.settings import Settings
-from tidings.runtime.tokens import issue
 from tidings.store.factory import open_store_url
 from tidings.store.port import Store
 from tidings.stream import consumers, topology

@@ -14,15 +14,17 @@ BELOW = {
     "runtime": {"wire"},
     "stream": {"wire", "runtime"},
     "store": {"wire", "runtime"},
+    # Tokens and who may do what: it knows HTTP, for keys and answers that live elsewhere.
+    "identity": {"wire", "runtime"},
     "publish": {"wire", "runtime", "stream", "store"},
-    "gateway": {"wire", "runtime", "stream", "store"},
+    "gateway": {"wire", "runtime", "stream", "store", "identity"},
     "inbox": {"wire", "runtime", "stream", "store"},
     # Its copies are published as any service's notifications are.
     "fanout": {"wire", "runtime", "stream", "store", "publish"},
     "client": {"wire", "runtime"},
-    "dev": {"wire", "runtime", "stream", "store", "publish", "gateway", "inbox", "fanout"},
+    "dev": {"wire", "runtime", "stream", "store", "identity", "publish", "gateway", "inbox", "fanout"},
 }
-OWNERS = {"nats": "stream", "sqlite3": "store", "cassandra": "store"}
+OWNERS = {"nats": "stream", "sqlite3": "store", "cassandra": "store", "jwt": "identity"}
 FORBIDDEN_IN_WIRE = {"asyncio", "socket", "time", "threading", "aiohttp", "nats", "sqlite3"}
 MODULES = sorted(path for path in ROOT.rglob("*.py"))
 

@@ -50,10 +50,11 @@ from tidings.wire.frames import Filter, MarkAs
 from tidings.wire.position import Position, parse
 
 from .callbacks import Callbacks, CountCallback, GapCallback, StateCallback
-from .connection import Connection, TokenSource
+from .connection import Connection
 from .deliveries import Deliveries
 from .link import Frame, Link
 from .models import InboxEntry, InboxPage, Notification
+from .renewal import TokenSource
 
 __all__ = ["Client"]
 
@@ -70,8 +71,9 @@ class Client:
     """One device of one user. Use it as an asynchronous context manager and iterate over it.
 
     `token` is a device token, or a function (plain or asynchronous) that returns a fresh one: it is called at
-    each connect, and once more when the gateway refuses its token. When it raises `OSError`, `TimeoutError` or
-    `aiohttp.ClientError`, that is a failed connect; any other exception ends the client and comes out of the loop.
+    each connect, before the last token ends (which renews it without a reconnect), and once more when the gateway
+    refuses its token. When it raises `OSError`, `TimeoutError` or `aiohttp.ClientError`, that is a failed connect, or a
+    renewal to be tried again; any other exception ends the client and comes out of the loop.
     `since` is a position up to which the application has everything, kept from `Client.position`; only a client that
     was given one sends one, as the gateway knows the cursor.
 

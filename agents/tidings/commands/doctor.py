@@ -256,10 +256,10 @@ async def _machine(settings: Settings) -> AsyncIterator[_Finding]:
 
 async def _protection(settings: Settings) -> AsyncIterator[_Finding]:
     from tidings.runtime.exposure import exposures
-    from tidings.runtime.settings import exceptions_of
+    from tidings.runtime.settings import listed
     from tidings.runtime.tls import end_of, server_tls
 
-    found, allowed = exposures(settings), exceptions_of(settings.insecure)
+    found, allowed = exposures(settings), listed(settings.insecure)
     for name, text in found:
         yield _warn(f"insecure={name}: {text}") if name in allowed else _fail(f"agents do not start: {text}")
     if not found:

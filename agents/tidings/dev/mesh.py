@@ -141,8 +141,8 @@ class DevMesh(Service):
     async def _apply(self, connection: Connection) -> None:
         changes = await topology.plan(connection, self.settings)
         made = [change.body["name"] for change in changes if change.request.startswith("STREAM.CREATE.")]
-        # A state folder of before there were topics, or broadcasts, has no streams for them yet.
-        later = (topology.TOPICS, topology.DECISIONS, topology.BROADCAST)
+        # A state folder of before there were topics, broadcasts or revocations has no streams for them yet.
+        later = (topology.TOPICS, topology.DECISIONS, topology.BROADCAST, topology.REVOCATIONS)
         lost = [name for name in made if name not in later]
         if self.folder.marker.streams_made and lost:
             raise TopologyMismatch(f"missing {', '.join(lost)}")
@@ -259,7 +259,7 @@ def embedded(
     store_url: str | None = None,
     authority: Authority | None = None,
 ) -> Settings:
-    """The settings of a mesh on a state folder: its own server, store and key, whatever the environment says.
+    """The settings of a mesh on a state folder: its own server, store and keys, whatever the environment says.
 
     `store_url` is for an inbox that is not in the folder.
     """
@@ -276,6 +276,10 @@ def embedded(
         replicas=1,
         store_url=store_url or folder.store_url,
         token_key=key,
+        token_key_file="",
+        token_jwks_url="",
+        token_issuer="",
+        token_audience="",
         drain_s=min(settings.drain_s, _DRAIN_S),
     )
 

@@ -153,7 +153,7 @@ class FanoutAgent(Service):
             self._pull_ended(where, header)
             return
         self._pull_left -= 1
-        message = _Message(where.decode(), body, reply, consumers.parse_reply(reply))
+        message = _Message(subject.readable(where), body, reply, consumers.parse_reply(reply))
         waiting = self._waiting.get(message.where)
         if waiting is None:
             waiting = self._waiting[message.where] = deque()

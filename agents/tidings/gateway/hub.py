@@ -16,6 +16,7 @@ from typing import Any
 
 import orjson
 
+from tidings.identity import Device
 from tidings.runtime.settings import Settings
 from tidings.store.inbox import UserInbox
 from tidings.store.port import CursorUpdate, Holder, Store
@@ -27,9 +28,12 @@ from tidings.wire.codes import Close
 from tidings.wire.errors import StreamUnavailable
 from tidings.wire.position import Position
 
+from .deletions import Deletions
+from .expiry import Expiries
 from .feed import Feed
 from .floors import Floors
 from .follows import Follows
+from .meter import Limits, Meters
 from .recent import RecentIds
 from .session import Session, SessionState
 from .socket import Socket
@@ -70,9 +74,26 @@ class Hub:
         self.gateway = new_id(8)
         self.pull_prefix = subject.gateway_session(self.gateway, "")
         self.pull_expires_ns = int(settings.pull_expires_s * 1_000_000_000)
+        self.deletions = Deletions(
+            connection,
+            lambda name: subject.gateway_deleted(self.gateway, name),
+            at_once=max(1, settings.api_requests // 2),
+            most=settings.max_sessions,
+        )
         self.recent = RecentIds()
+        self.meters = Meters(
+            Limits(
+                settings.client_frames_per_s,
+                settings.client_frames_burst,
+                settings.client_bytes_per_s,
+                settings.client_bytes_burst,
+            )
+        )
+        self.overloaded = False
+        """The process has as much memory as it may: no new sessions."""
         self.feed = Feed(self)
         self.follows = Follows(self)
+        self.expiries = Expiries(settings.token_leeway_s)
         self.users: dict[str, list[Session]] = {}
         self.by_consumer: dict[bytes, Session] = {}
         self.by_id: dict[str, Session] = {}
@@ -109,6 +130,18 @@ class Hub:
 
     def __len__(self) -> int:
         return len(self.by_id)
+
+    def make_room(self, user: str) -> bool:
+        """Whether the user may have one more device here. One that only lingers makes room, the longest gone first:
+        its cursor is kept. One that is connected does not: who has a stolen token drives nobody out."""
+        sessions = self.users.get(user, [])
+        if len(sessions) < self.settings.devices_max:
+            return True
+        lingering = [session for session in sessions if session.state is SessionState.LINGERING]
+        if not lingering:
+            return False
+        self.end(min(lingering, key=lambda session: session.waiting_since))
+        return True
 
     def add(self, user: str, device: str) -> Session:
         """A new session, starting; the caller starts it."""
@@ -170,12 +203,12 @@ class Hub:
         session = self.by_consumer.get(words[at + 1])
         if session is None:
             consumers.nak(self.connection, reply, _STRAY_DELAY_S)
-            consumers.delete(self.connection, words[at].decode(), words[at + 1].decode())
+            self.deletions.add(words[at].decode(), words[at + 1].decode())
             return
         session.receive(words[at + 3], words[at + 4], reply, body)
 
     def _on_status(self, where: bytes, header: bytes | None) -> None:
-        words = where.decode().split(".")
+        words = subject.readable(where).split(".")
         if len(words) != 4 or header is None or not words[3].isdigit():
             return
         if words[2] == "feed":
@@ -283,6 +316,20 @@ class Hub:
 
     # Coming and going
 
+    def admit(self, session: Session, who: Device) -> int:
+        """From now on this token is the session's; returns in how many seconds it ends."""
+        session.identity = who
+        self.expiries.add(session, who.expires)
+        return max(0, int(who.expires - time.time()))
+
+    def expire(self, session: Session) -> None:
+        """The token is over: the client goes, and its session waits for a new one as for any that has gone."""
+        socket = session.socket
+        if socket is not None:
+            self.detach(session, socket, linger=True)
+            farewell = frames.error(codes.NOT_AUTHENTICATED.name, "the token has expired: get a new one")
+            socket.dismiss(codes.NOT_AUTHENTICATED, farewell)
+
     def attach(self, session: Session, socket: Socket) -> None:
         """The session has a socket: it is live."""
         session.socket = socket
@@ -324,7 +371,8 @@ class Hub:
             del self.users[session.user]
         if session.consumer:
             self.by_consumer.pop(session.consumer.encode(), None)
-            consumers.delete(self.connection, session.stream, session.consumer)
+            self.deletions.add(session.stream, session.consumer)
+        self.expiries.discard(session)
         self.replaying.discard(session)
         self.blind.discard(session)
         self.broken.pop(session, None)

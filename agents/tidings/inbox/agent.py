@@ -172,10 +172,10 @@ class InboxAgent(Service):
         delivery = consumers.parse_reply(reply)
         partition = int(words[1])
         try:
-            user = subject.unescape(words[3].decode())
+            user = subject.unescape(subject.readable(words[3]))
             envelope = check(body)
         except (InvalidNotification, BadSubject) as error:
-            self._poison.append(_Poison(where.decode(), body, reply, delivery, error.code, str(error)))
+            self._poison.append(_Poison(subject.readable(where), body, reply, delivery, error.code, str(error)))
         else:
             position = Position(self._topology.incarnations[partition], delivery.stream_sequence)
             self._rows.append(InboxRow(user, position, *envelope, delivery.stored_ns, body))

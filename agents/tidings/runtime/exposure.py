@@ -15,7 +15,7 @@ from urllib.parse import parse_qsl, urlsplit
 from tidings.wire.errors import StartFailed
 
 from .address import has_login, has_tls, is_loopback, servers
-from .settings import Settings, exceptions_of
+from .settings import Settings, listed
 
 __all__ = ["DEV_KEY_PREFIX", "Exposure", "check_exposures", "exposures"]
 
@@ -53,7 +53,7 @@ def exposures(settings: Settings, *agents: str) -> list[Exposure]:
 
 def check_exposures(settings: Settings, agent: str) -> None:
     """Raise `StartFailed` for an exposure that `insecure` does not name; warn of each that it does."""
-    allowed = exceptions_of(settings.insecure)
+    allowed = set(listed(settings.insecure))
     refused = []
     for exposure in exposures(settings, agent):
         if exposure.name in allowed:
@@ -113,7 +113,7 @@ def _cql(settings: Settings) -> Iterator[Exposure]:
 
 
 def _token_key(settings: Settings) -> Iterator[Exposure]:
-    for secret in filter(None, map(str.strip, settings.token_key.split(","))):
+    for secret in listed(settings.token_key):
         if secret.startswith(DEV_KEY_PREFIX):
             why = "is that of a `tidings dev`, whose page gives tokens to everybody"
         elif len(set(secret)) < _FEWEST_CHARACTERS or _KNOWN.search(secret):

@@ -19,12 +19,15 @@ from tidings.wire.errors import BadSettings
 
 from .address import shown
 
-__all__ = ["ENVIRONMENT_PREFIX", "INSECURE", "Settings", "exceptions_of"]
+__all__ = ["ENVIRONMENT_PREFIX", "INSECURE", "Settings", "listed"]
 
 ENVIRONMENT_PREFIX: Final = "TIDINGS_"
 
 INSECURE: Final = ("gateway", "api", "nats", "nats-credentials", "cql", "token-key")
 """What the setting `insecure` may name; see `runtime.exposure`."""
+
+_LEAST_SECRET: Final = 32
+_MOST_SECRETS: Final = 8
 
 
 def _number(default: float, least: float, most: float, text: str) -> Any:
@@ -71,7 +74,30 @@ class Settings:
     # The gateway
     host: str = _text("127.0.0.1", "address to listen on")
     port: int = _number(8080, 0, 65_535, "port to listen on; 0 for any")
-    token_key: str = _text("", "secret that signs device tokens (HS256), at least 32 characters")
+    token_key: str = _text(
+        "", "secrets of tokens (HS256), comma-separated, at least 32 characters each: the first signs, all verify"
+    )
+    token_key_file: str = _text(
+        "", "path of the public keys of tokens: one in PEM, or a JWK Set (needs tidings[crypto])"
+    )
+    token_jwks_url: str = _text("", "address of the public keys of tokens, a JWK Set (needs tidings[crypto])")
+    token_jwks_refresh_s: float = _number(300, 1, 86_400, "how often the keys at token_jwks_url are read")
+    token_jwks_pause_s: float = _number(10, 0.05, 3600, "least time between two readings for unknown keys of tokens")
+    token_jwks_timeout_s: float = _number(5, 0.1, 60, "how long token_jwks_url may take to answer")
+    token_issuer: str = _text("", "what the claim `iss` of every token must be; empty for anything")
+    token_audience: str = _text(
+        "",
+        "names of this mesh, comma-separated: the claim `aud` must have one; where empty, no token may have an `aud`",
+    )
+    token_leeway_s: float = _number(10, 0, 300, "how far clocks may be apart when the times of a token are checked")
+    token_ttl_max_s: int = _number(
+        604_800, 60, 31_536_000, "longest life of a token: others are refused; revocations are kept so long"
+    )
+    allowed_origins: str = _text(
+        "",
+        "origins whose pages may connect, comma-separated, such as https://app.example.com; * for any; empty for the "
+        "gateway's own",
+    )
     max_sessions: int = _number(15_000, 1, 1_000_000, "most sessions of one gateway, lingering ones included")
     hello_timeout_s: float = _number(10, 0.1, 300, "how long a connection may take to say hello")
     window: int = _number(64, 1, 1000, "most unacknowledged notifications of a session that asks for no other number")
@@ -84,13 +110,37 @@ class Settings:
     write_buffer_bytes: int = _number(262_144, 4096, 16_777_216, "most unsent bytes of one connection")
     write_stall_s: float = _number(10, 0.1, 600, "how long a client may leave its buffer full before it is closed")
     requests_per_session: int = _number(16, 1, 1000, "most inbox, mark and count requests under way on a connection")
+    client_frames_per_s: float = _number(
+        50, 0.1, 100_000, "frames a second of a user's devices on one gateway; acks of what they were sent are free"
+    )
+    client_frames_burst: int = _number(300, 10, 1_000_000, "how many of these frames may come at once")
+    client_bytes_per_s: float = _number(65_536, 100, 2**30, "bytes a second of a user's devices on one gateway")
+    client_bytes_burst: int = _number(1_048_576, 1024, 2**30, "how many of these bytes may come at once")
+    devices_max: int = _number(32, 1, 10_000, "most devices of a user on one gateway, lingering ones included")
+    strangers_max: int = _number(
+        5000, 10, 1_000_000, "most connections that have not said hello; above it the one that has not for longest goes"
+    )
+    memory_max_bytes: int = _number(
+        2_147_483_648, 0, 2**50, "above it, of the whole process, no new session is taken (Linux); 0 for no limit"
+    )
     pull_expires_s: float = _number(300, 1, 3600, "how long one pull request waits at the server")
     consumer_idle_s: float = _number(300, 10, 86_400, "how long a killed gateway's consumers stay")
     subscriptions_max: int = _number(10_000, 1, 1_000_000, "most subscriptions of a user")
     subscribe_rules: str = _text(
         ">", "which topics may be subscribed to: patterns, comma-separated, first match first; !pattern refuses"
     )
-    consumer_starts: int = _number(64, 1, 4096, "most consumers that a gateway makes at a time")
+    subscribe_callback_url: str = _text(
+        "", "address that is asked, behind subscribe_rules, which topics a user may have; empty for none"
+    )
+    subscribe_callback_token: str = _text("", "secret that subscribe_callback_url is sent as a bearer token")
+    subscribe_callback_timeout_s: float = _number(1, 0.05, 60, "how long subscribe_callback_url may take to answer")
+    subscribe_callback_ttl_s: float = _number(60, 0, 86_400, "how long its answer counts")
+    subscribe_callback_cache: int = _number(100_000, 0, 10_000_000, "most answers of it that are remembered")
+    subscribe_callback_at_once: int = _number(32, 1, 10_000, "most questions to it that are under way")
+    consumer_starts: int = _number(64, 1, 4096, "most sessions that a gateway starts or mends at a time")
+    start_wait_s: float = _number(
+        2, 0.1, 10, "how long a device may wait to be started; who would wait longer is told when to come back"
+    )
     delivery_marks: str = _text(
         "on", "note in the inbox when and where each was delivered first", choices=("on", "off")
     )
@@ -101,7 +151,11 @@ class Settings:
     )
     claim_timeout_ms: int = _number(100, 1, 10_000, "how long another gateway may take to hand a device over")
     probe_interval_s: float = _number(1, 0.1, 60, "how often a gateway asks each NATS node for one of its consumers")
-    drain_s: float = _number(4, 0, 300, "over how long a stopping gateway closes its sockets")
+    drain_notice_s: float = _number(
+        0, 0, 300, "how long a stopping gateway is not ready and still serves, so that a load balancer can notice"
+    )
+    drain_per_s: int = _number(500, 1, 100_000, "how many devices a second a stopping gateway sends away")
+    drain_s: float = _number(20, 0, 300, "after how long at most a stopping gateway has closed all its sockets")
 
     # The inbox agent
     inbox_batch: int = _number(256, 1, 10_000, "most notifications of one write")
@@ -123,6 +177,7 @@ class Settings:
     )
     log_level: str = _text("info", "how much is logged", choices=("debug", "info", "warning", "error"))
     request_timeout_s: float = _number(5, 0.1, 60, "how long an answer of JetStream may take")
+    api_requests: int = _number(64, 1, 4096, "most requests that a process has under way at JetStream's API")
 
     def __post_init__(self) -> None:
         problems = _problems({item.name: getattr(self, item.name) for item in fields(self)})
@@ -162,9 +217,9 @@ class Settings:
         ]
 
 
-def exceptions_of(text: str) -> set[str]:
-    """What the setting `insecure` names."""
-    return {name for part in text.split(",") if (name := part.strip())}
+def listed(text: str) -> list[str]:
+    """The values of a setting that has several, with commas between them."""
+    return [value for part in text.split(",") if (value := part.strip())]
 
 
 def _is_server(text: str) -> bool:
@@ -200,12 +255,35 @@ def _problems(values: Mapping[str, Any]) -> dict[str, str]:
         if not found.keys() & {certificate, key} and bool(values[certificate]) != bool(values[key]):
             missing = key if values[certificate] else certificate
             found[missing] = f"{missing} is not set: {certificate} and {key} belong together, give both or neither"
-    unknown = [] if "insecure" in found else sorted(exceptions_of(values["insecure"]) - set(INSECURE))
+    unknown = [] if "insecure" in found else sorted(set(listed(values["insecure"])) - set(INSECURE))
     if unknown:
         found["insecure"] = f"insecure has {unknown[0]!r}: it may have {', '.join(INSECURE)}, comma-separated"
-    if "token_key" not in found and 0 < len(values["token_key"]) < 32:
-        found["token_key"] = "token_key is too short: give at least 32 characters, such as `openssl rand -hex 32`"
+    if "token_key" not in found:
+        found.update(_secrets_problem(values["token_key"]))
+    if not found.keys() & {"client_bytes_burst", "frame_max_bytes"}:
+        burst, frame = values["client_bytes_burst"], values["frame_max_bytes"]
+        if burst < frame:
+            found["client_bytes_burst"] = (
+                f"client_bytes_burst is {burst}: it may not be below frame_max_bytes, which is {frame}"
+            )
     return found
+
+
+def _secrets_problem(text: str) -> dict[str, str]:
+    secrets = listed(text)
+    if any("-----BEGIN" in secret for secret in secrets):
+        return {"token_key": "token_key is a key in PEM: a public one belongs into a file, named by token_key_file"}
+    if any(len(secret) < _LEAST_SECRET for secret in secrets):
+        return {
+            "token_key": f"token_key is too short: give at least {_LEAST_SECRET} characters, such as "
+            "`openssl rand -hex 32`"
+        }
+    if len(secrets) > _MOST_SECRETS:
+        return {
+            "token_key": f"token_key has {len(secrets)} secrets: each token is tried with all, so at most "
+            f"{_MOST_SECRETS} are allowed"
+        }
+    return {}
 
 
 def _problem(name: str, value: Any, rule: Mapping[str, Any]) -> str | None:

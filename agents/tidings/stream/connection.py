@@ -106,6 +106,8 @@ class Connection(Client):
         self.request_timeout_s = 5.0
         self.tls: ClientTls | None = None
         """Whether the server must have TLS, and what its certificate is checked against."""
+        self.api_turns = asyncio.Semaphore(64)
+        """Bounds the requests under way at JetStream's API, which drops its whole queue when 10,000 wait in it."""
         self.gulp_s = 0.0
         """How long to leave what comes in the socket, after everything was read: many messages then cost one
         wake-up and one read. For who is in no hurry; a request takes so much longer too."""
@@ -253,9 +255,13 @@ class Connection(Client):
                 transport.close()
 
     async def api(self, request: str, body: Any = None) -> dict[str, Any]:
-        """Ask ``$JS.API.<request>``; raises `ApiError`, or `StreamUnavailable` when nobody answers."""
+        """Ask ``$JS.API.<request>``; raises `ApiError`, or `StreamUnavailable` when nobody answers.
+
+        `api_requests` of them are under way at a time; the others wait for their turn here.
+        """
         payload = b"" if body is None else orjson.dumps(body)
-        answer: dict[str, Any] = orjson.loads(await self.ask(f"$JS.API.{request}", payload))
+        async with self.api_turns:
+            answer: dict[str, Any] = orjson.loads(await self.ask(f"$JS.API.{request}", payload))
         if "error" in answer:
             raise ApiError(request, answer["error"])
         return answer
@@ -321,6 +327,7 @@ async def connect(
     connection = Connection()
     connection.tls = _tls(settings)
     connection.request_timeout_s = settings.request_timeout_s
+    connection.api_turns = asyncio.Semaphore(settings.api_requests)
     problems: list[Exception] = []
 
     async def problem(error: Exception) -> None:

@@ -6,6 +6,7 @@
 | ``TOPICS`` | ``notify.topic.>``: what services publish to topics | ``fanout`` |
 | ``BROADCAST`` | ``broadcast.>``: what goes to a topic's many subscribers as one message | ``inbox`` |
 | ``DECISIONS`` | ``decided``: which topic messages go out as copies, and which as a broadcast | |
+| ``REVOCATIONS`` | ``revoked.>``: whose tokens count no more, the last word on each | |
 | ``DEAD`` | ``dead.>``: what could not be understood or delivered | |
 
 The mapping is the server's configuration (an account's, in production); `probe_mapping` finds out whether it is
@@ -38,6 +39,7 @@ __all__ = [
     "DECISIONS",
     "FANOUT",
     "INBOX",
+    "REVOCATIONS",
     "TOPICS",
     "Change",
     "Topology",
@@ -57,15 +59,18 @@ BROADCAST: Final = "BROADCAST"
 BROADCAST_PART: Final = -1
 """Stands for `BROADCAST` where others are numbers of partitions."""
 DECISIONS: Final = "DECISIONS"
+REVOCATIONS: Final = "REVOCATIONS"
 INBOX: Final = "inbox"
 """The inbox agents' durable consumer, one a partition."""
 FANOUT: Final = "fanout"
 """The fan-out agents' durable consumer, on `TOPICS`."""
 
-_SHARED: Final = (TOPICS, BROADCAST, DECISIONS, DEAD)
+_SHARED: Final = (TOPICS, BROADCAST, DECISIONS, REVOCATIONS, DEAD)
 _PARTITIONS: Final = "tidings_partitions"
 _INCARNATION: Final = "tidings_incarnation"
 _HEADER_ROOM: Final = 4096
+_MAX_REVOCATIONS: Final = 1_000_000
+_REVOCATIONS_SPARE_S: Final = 3600
 _NOT_FOUND: Final = 404
 _NAME_IN_USE: Final = 10058
 
@@ -189,7 +194,8 @@ async def plan(connection: Connection, settings: Settings) -> list[Change]:
             + (f" Set TIDINGS_PARTITIONS={made_for}" if made_for.isdecimal() else "")
         )
     partitions = (_notify(settings, number) for number in range(settings.partitions))
-    for config in (*partitions, _topics(settings), _broadcast(settings), _decisions(settings), _dead(settings)):
+    shared = (make(settings) for make in (_topics, _broadcast, _decisions, _revocations, _dead))
+    for config in (*partitions, *shared):
         changes.extend(_stream_change(config, found.get(config["name"])))
     for number in (*range(settings.partitions), BROADCAST_PART):
         stream = notify_stream(number)
@@ -273,6 +279,28 @@ def _decisions(settings: Settings) -> dict[str, Any]:
         # What a duplicate refers to is there for as long as it is known to be one.
         "max_age": 2 * window,
         "duplicate_window": window,
+    }
+
+
+def _revocations(settings: Settings) -> dict[str, Any]:
+    kept_s = int(settings.token_ttl_max_s + 2 * settings.token_leeway_s) + _REVOCATIONS_SPARE_S
+    return {
+        "name": REVOCATIONS,
+        "description": "Tidings: whose tokens count no more, kept longer than any token lives",
+        "subjects": [subject.REVOKED_WILDCARD],
+        "storage": "file",
+        "num_replicas": settings.replicas,
+        "retention": "limits",
+        # The last one of a user, or of a device, is the one that counts. A full stream refuses.
+        "max_msgs_per_subject": 1,
+        "discard": "new",
+        "max_age": kept_s * 1_000_000_000,
+        "max_msgs": _MAX_REVOCATIONS,
+        "max_msg_size": _HEADER_ROOM,
+        "max_consumers": settings.stream_max_consumers,
+        "duplicate_window": settings.duplicate_window_s * 1_000_000_000,
+        "allow_direct": True,
+        "metadata": {},
     }
 
 

@@ -11,12 +11,17 @@ from collections.abc import Mapping
 
 __all__ = [
     "BadFrame",
+    "BadKeys",
     "BadPosition",
+    "BadScope",
     "BadSettings",
     "BadSubject",
     "BadTopic",
     "ConnectionLost",
+    "EntitlementUnavailable",
     "InvalidNotification",
+    "KeysUnavailable",
+    "NotAllowed",
     "NotAuthenticated",
     "PublishRefused",
     "PublishUnconfirmed",
@@ -87,6 +92,36 @@ class NotAuthenticated(TidingsError):
     """A token that is missing, expired, forged, or for somebody else."""
 
     code = "not_authenticated"
+
+
+class NotAllowed(TidingsError):
+    """Whoever asks is known, and may not do this."""
+
+    code = "not_allowed"
+
+
+class KeysUnavailable(NotAuthenticated):
+    """The keys that verify tokens could not be read yet: the same token may be good later."""
+
+    code = "keys_unavailable"
+
+
+class BadKeys(TidingsError):
+    """A document of keys that cannot be used; the message never repeats any of it."""
+
+    code = "bad_keys"
+
+
+class BadScope(TidingsError):
+    """A scope that Tidings does not know."""
+
+    code = "bad_scope"
+
+
+class EntitlementUnavailable(TidingsError):
+    """Whoever decides who may subscribe to what did not answer; what was asked may be asked again."""
+
+    code = "entitlement_unavailable"
 
 
 class StreamUnavailable(TidingsError):

@@ -22,6 +22,7 @@ __all__ = [
     "MARKS",
     "MAX_PAGE",
     "MAX_POSITIONS",
+    "MAX_TOKEN",
     "MAX_TOPICS",
     "SUBPROTOCOL",
     "Ack",
@@ -33,6 +34,7 @@ __all__ = [
     "Mark",
     "MarkAs",
     "Ping",
+    "Renewal",
     "Request",
     "Subscribe",
     "Subscriptions",
@@ -56,6 +58,9 @@ MAX_POSITIONS: Final = 1000
 """Most positions that one ``ack`` or ``mark`` may list."""
 MAX_PAGE: Final = 200
 """Most rows of one inbox page."""
+
+MAX_TOKEN: Final = 8192
+"""Most characters of a token."""
 
 MAX_TOPICS: Final = 500
 """Most topics of one ``sub`` or ``unsub``, and of one answer to ``subs``."""
@@ -128,10 +133,17 @@ class Ping(NamedTuple):
     ref: Ref
 
 
+class Renewal(NamedTuple):
+    """A newer token, for the same user and device."""
+
+    ref: Ref
+    token: str
+
+
 Request = InboxQuery | Mark | Count | Subscribe | Unsubscribe | Subscriptions
 """What is answered by ``ok`` or ``error``."""
 
-ClientFrame = Hello | Ack | Ping | Request
+ClientFrame = Hello | Ack | Ping | Renewal | Request
 
 
 def decode(text: str | bytes) -> ClientFrame:
@@ -191,7 +203,7 @@ def _listed(frame: dict[str, Any]) -> list[str]:
 
 def _hello(frame: dict[str, Any], ref: Ref) -> Hello:
     return Hello(
-        _text(frame, "token", 8192),
+        _text(frame, "token", MAX_TOKEN),
         _text(frame, "device", 200),
         _integer(frame, "window", 1, 1000),
         _text(frame, "since", 256),
@@ -262,6 +274,13 @@ def _subs(frame: dict[str, Any], ref: Ref) -> Subscriptions:
     return Subscriptions(ref, _text(frame, "after", MAX_TOPIC), _integer(frame, "limit", 1, MAX_TOPICS) or MAX_TOPICS)
 
 
+def _token(frame: dict[str, Any], ref: Ref) -> Renewal:
+    token = _text(frame, "token", MAX_TOKEN)
+    if token is None:
+        raise BadFrame("a `token` frame has the member `token`")
+    return Renewal(ref, token)
+
+
 def _ping(frame: dict[str, Any], ref: Ref) -> Ping:
     return Ping(ref)
 
@@ -275,6 +294,7 @@ _READERS: Final[dict[str, Callable[[dict[str, Any], Ref], ClientFrame]]] = {
     "sub": _sub,
     "unsub": _unsub,
     "subs": _subs,
+    "token": _token,
     "ping": _ping,
 }
 
@@ -290,9 +310,17 @@ def notifications(items: Iterable[bytes]) -> bytes:
 
 
 def welcome(
-    *, session: str, user: str, device: str, pos: str | None, unread: int | None, window: int, heartbeat: float
+    *,
+    session: str,
+    user: str,
+    device: str,
+    pos: str | None,
+    unread: int | None,
+    window: int,
+    heartbeat: float,
+    expires_in: int,
 ) -> bytes:
-    """`pos` and `unread` are None while the store does not answer."""
+    """`pos` and `unread` are None while the store does not answer; the token ends in `expires_in` seconds."""
     return orjson.dumps(
         {
             "t": "welcome",
@@ -303,6 +331,7 @@ def welcome(
             "unread": unread,
             "window": window,
             "heartbeat": heartbeat,
+            "expires_in": expires_in,
         }
     )
 

@@ -24,6 +24,7 @@ __all__ = [
     "INBOX_FLOOR",
     "MAX_ID",
     "NOTIFY_WILDCARD",
+    "REVOKED_WILDCARD",
     "TOPICS_WILDCARD",
     "broadcast",
     "broadcast_pull",
@@ -43,6 +44,10 @@ __all__ = [
     "part_wildcard",
     "partition",
     "presence",
+    "readable",
+    "revoked_device",
+    "revoked_of",
+    "revoked_user",
     "topic_of",
     "unescape",
 ]
@@ -57,6 +62,10 @@ DECIDED: Final = "decided"
 """Where fan-out agents note how a message goes out."""
 DEAD_WILDCARD: Final = "dead.>"
 INBOX_FLOOR: Final = "inbox.floor"
+REVOKED_WILDCARD: Final = "revoked.>"
+
+_LONGEST: Final = 3800
+"""What fits into NATS's control line (4,096 bytes) with a reply subject and sizes behind it."""
 
 _SAFE: Final = "-_~@+=,:!/"
 _PLAIN: Final = re.compile(rf"[A-Za-z0-9{re.escape(_SAFE)}]{{1,{MAX_ID}}}")
@@ -93,6 +102,12 @@ def unescape(token: str, what: str = "user id") -> str:
         if text and len(text) <= MAX_ID and escape(text, what) == token:
             return text
     raise BadSubject(f"{token[:80]!r} is not the escaped form of a {what}: escape it as %XX of its UTF-8 bytes")
+
+
+def readable(where: bytes) -> str:
+    """A subject as text. The server takes any bytes: those that are no UTF-8 become ``\\xff``, which no token of ours
+    has."""
+    return where.decode(errors="backslashreplace")
 
 
 def partition(token: str, partitions: int) -> int:
@@ -149,6 +164,29 @@ def dead(plane: str) -> str:
     return f"dead.{plane}"
 
 
+def revoked_user(user: str) -> str:
+    """Where it is written that the tokens of a user are revoked."""
+    return f"revoked.user.{escape(user)}"
+
+
+def revoked_device(user: str, device: str) -> str:
+    """The same of one device; raises `BadSubject` for two ids that are too long for one subject."""
+    where = f"revoked.device.{escape(user)}.{escape(device, 'device id')}"
+    if len(where) > _LONGEST:
+        raise BadSubject("user id and device id are too long to be revoked together: revoke the user")
+    return where
+
+
+def revoked_of(where: str) -> tuple[str, str | None]:
+    """User and device (None: all of them) of a subject of `revoked_user` or `revoked_device`; raises `BadSubject`."""
+    match where.split("."):
+        case ["revoked", "user", user]:
+            return unescape(user), None
+        case ["revoked", "device", user, device]:
+            return unescape(user), unescape(device, "device id")
+    raise BadSubject(f"{where[:80]!r} is no subject of a revocation")
+
+
 def presence(token: str) -> str:
     """Core NATS: a device of this user connected or disconnected."""
     return f"presence.{token}"
@@ -167,6 +205,11 @@ def gateway_session(gateway: str, session: str) -> str:
 def gateway_feed(gateway: str, number: int) -> str:
     """Reply subject of the pulls of a gateway's feed of broadcasts."""
     return f"gw.{gateway}.feed.{number}"
+
+
+def gateway_deleted(gateway: str, consumer: str) -> str:
+    """Reply subject of the deletion of a consumer."""
+    return f"gw.{gateway}.deleted.{consumer}"
 
 
 def gateway_topics(gateway: str) -> str:
