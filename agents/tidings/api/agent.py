@@ -21,16 +21,18 @@ from aiohttp import web
 from tidings.identity import Verifier
 from tidings.identity.entitlement import TopicEntitlement
 from tidings.publish import Publisher
+from tidings.runtime.listening import listen
 from tidings.runtime.porch import Porch, Runner
 from tidings.runtime.service import Service
 from tidings.runtime.settings import Settings
+from tidings.runtime.tls import server_tls
 from tidings.store.guard import GuardedStore
 from tidings.store.port import Store
 from tidings.stream import topology
 from tidings.stream.connection import Connection, connect
 from tidings.stream.revocations import Revocations
 from tidings.wire import subject
-from tidings.wire.errors import StartFailed, TidingsError
+from tidings.wire.errors import TidingsError
 
 from .app import Observer, make_app
 from .backing import Backing
@@ -90,36 +92,33 @@ class Api(Service):
         porch = Porch(settings.strangers_max)
         app = make_app(backing, gate, porch, self._unready, self._observer)
         await self._listen(app, porch)
-        self.log.info("the api listens on %s:%d", settings.api_host, self.port)
+        secured = " with TLS" if settings.tls_certificate else ""
+        self.log.info("the api listens on %s:%d%s", settings.api_host, self.port, secured)
 
     async def _listen(self, app: web.Application, porch: Porch) -> None:
-        host, port = self._settings.api_host, self._settings.api_port
+        settings = self._settings
         self._runner = Runner(
             app,
             porch,
             access_log=None,
             handle_signals=False,
-            shutdown_timeout=self._settings.api_publish_timeout_s,
+            shutdown_timeout=settings.api_publish_timeout_s,
             keepalive_timeout=_IDLE_S,
             lingering_time=_LINGER_S,
             auto_decompress=False,
         )
-        await self._runner.setup()
-        site = web.TCPSite(self._runner, host, port, backlog=1024)
-        try:
-            # Cancelled half-way, asyncio would leave a socket that listens and that nobody has.
-            listening = asyncio.ensure_future(site.start())
-            try:
-                await asyncio.shield(listening)
-            except asyncio.CancelledError:
-                await asyncio.wait([listening])
-                raise
-        except OSError as error:
-            raise StartFailed(
-                f"the api cannot listen on {host}:{port}: {error.strerror or error}. Is something else running there? "
-                "Choose another with --port or TIDINGS_API_PORT"
-            ) from None
-        self.port = self._runner.addresses[0][1]
+        tls = server_tls(settings)
+        if tls is not None:
+            self.spawn(tls.watch())
+        self.port = await listen(
+            self._runner,
+            "api",
+            settings.api_host,
+            settings.api_port,
+            backlog=1024,
+            tls=tls,
+            variable="TIDINGS_API_PORT",
+        )
 
     def _unready(self) -> Sequence[str]:
         problems = [] if self.ready else [f"the api is {self.state.value}"]

@@ -10,7 +10,6 @@ another gateway, and its consumers end by themselves after `consumer_idle_s`.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from typing import Final
 
@@ -18,16 +17,18 @@ from aiohttp import web
 
 from tidings.identity import Verifier
 from tidings.identity.entitlement import TopicEntitlement
+from tidings.runtime.listening import listen
 from tidings.runtime.porch import Porch, Runner
 from tidings.runtime.service import Service
 from tidings.runtime.settings import Settings
+from tidings.runtime.tls import server_tls
 from tidings.store.guard import GuardedStore
 from tidings.store.port import Store
 from tidings.stream import gateways, topology
 from tidings.stream.connection import Connection, connect
 from tidings.stream.topology import BROADCAST_PART
 from tidings.wire import codes, subject
-from tidings.wire.errors import StartFailed, TidingsError
+from tidings.wire.errors import TidingsError
 
 from .authenticator import Authenticator
 from .door import Door
@@ -114,7 +115,8 @@ class Gateway(Service):
             self.spawn(loop())
         connection.gulp_s = _GULP_S
         await self._listen()
-        self.log.info("gateway %s listens on %s:%d", hub.gateway, self._settings.host, self.port)
+        secured = " with TLS" if self._settings.tls_certificate else ""
+        self.log.info("gateway %s listens on %s:%d%s", hub.gateway, self._settings.host, self.port, secured)
 
     async def _listen(self) -> None:
         assert self._porch is not None
@@ -136,23 +138,13 @@ class Gateway(Service):
             # A body that nobody asked for is not waited for.
             lingering_time=1.0,
         )
-        await self._runner.setup()
-        host, port = self._settings.host, self._settings.port
-        site = web.TCPSite(self._runner, host, port, backlog=4096)
-        try:
-            # Cancelled half-way, asyncio would leave a socket that listens and that nobody has.
-            listening = asyncio.ensure_future(site.start())
-            try:
-                await asyncio.shield(listening)
-            except asyncio.CancelledError:
-                await asyncio.wait([listening])
-                raise
-        except OSError as error:
-            raise StartFailed(
-                f"the gateway cannot listen on {host}:{port}: {error.strerror or error}. Is something else running "
-                "there? Choose another with --port or TIDINGS_PORT"
-            ) from None
-        self.port = self._runner.addresses[0][1]
+        settings = self._settings
+        tls = server_tls(settings)
+        if tls is not None:
+            self.spawn(tls.watch())
+        self.port = await listen(
+            self._runner, "gateway", settings.host, settings.port, backlog=4096, tls=tls, variable="TIDINGS_PORT"
+        )
 
     # From NATS
 
