@@ -14,13 +14,12 @@ from pathlib import Path
 from random import Random
 from typing import Any, Final, NamedTuple
 
-from tidings.runtime.tokens import issue
-
 from fuzz import hostile
 from support.clock import PATIENCE_S
 from support.ledger import stored_ids
 from support.mesh import KEY, PARTITIONS, Agent, Mesh, running_mesh
 from support.rawclient import RawClient, frame
+from tidings.identity import issue
 from tidings.stream.connection import Connection, connect
 from tidings.stream.topology import BROADCAST_PART, notify_stream
 from tidings.wire import codes, frames, subject

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from support.clock import until
-from support.command import Command, answer
+from support.command import Command, answer, tidings
 from support.mesh import Mesh
 from support.nats import RunningNats, running_nats
 from tidings.stream import consumers, letters, records
@@ -215,8 +215,42 @@ async def test_drop(nats: RunningNats) -> None:
     assert [letter.sequence async for letter in letters.each(nats.connection)] == [other]
 
 
+async def test_foreign_messages(nats: RunningNats) -> None:
+    """What somebody else left in the stream is shown as far as it goes, and is never replayed to a guess."""
+    await nats.connection.store("dead.user", event(), {"Tidings-Attempts": "many", "Tidings-User": "%zz"})
+    await nats.connection.store("dead.user", b"")
+    strange, empty = [letter async for letter in letters.each(nats.connection)]
+    assert (strange.attempts, strange.user, strange.describe()["notification"]["id"]) == (0, None, "like-1")
+    assert (empty.reason, empty.origin, empty.body, empty.describe()["base64"]) == ("unknown", None, b"", "")
+    assert await letters.look(nats.connection, strange.sequence) == strange
+    for letter in (strange, empty):
+        with pytest.raises(ReplayRefused):
+            await letters.replay(nats.connection, letter.sequence)
+    for nowhere in (0, -1, 10**30):
+        with pytest.raises(NoSuchLetter):
+            await letters.look(nats.connection, nowhere)
+
+
 async def deadletters(nats_url: str, *arguments: str) -> Command:
     return await answer("deadletters", *arguments, TIDINGS_NATS_URL=nats_url)
+
+
+async def test_killed_half_way(nats: RunningNats) -> None:
+    """A replay of many that is killed, and started again, brings each of them exactly once."""
+    sent = [f"like-{number}" for number in range(400)]
+    for id in sent:
+        await bury(nats, body=event(id), user="alice")
+    async with tidings("deadletters", "replay", "--all", "--json", TIDINGS_NATS_URL=nats.url) as command:
+        await command.said('"id":2,')
+        command.process.kill()
+        await command.ended()
+    left = await count(nats, "DEAD")
+    assert 0 < left < len(sent)
+    ran = await deadletters(nats.url, "replay", "--all")
+    assert (ran.process.returncode, ran.out) == (0, [f"{left} replayed"])
+    found = [entry["notification"]["id"] async for entry in records.of_user(nats.connection, "alice")]
+    assert found == sent
+    assert await count(nats, "DEAD") == 0
 
 
 async def test_undelivered_comes_again(mesh: Mesh) -> None:

@@ -31,7 +31,7 @@ def register(commands: Commands[argparse.ArgumentParser], common: argparse.Argum
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     listing = _add(actions, common, "list", "a page of dead letters, newest first", _list)
     _add_filters(listing)
-    listing.add_argument("--limit", type=_count, default=_PAGE, help=f"most letters of the page (default: {_PAGE})")
+    listing.add_argument("--limit", type=_page_size, default=_PAGE, help=f"most letters of the page (default: {_PAGE})")
     where = listing.add_mutually_exclusive_group()
     where.add_argument("--before", metavar="ID", type=int, help="only letters older than this one")
     where.add_argument("--after", metavar="ID", type=int, help="oldest first, newer than this one; 0 for the oldest")
@@ -75,10 +75,14 @@ def _add_filters(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--until", metavar="WHEN", type=_moment, help="older than; as --since")
 
 
-def _count(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or not 0 < int(text) <= 1_000_000:
-        raise argparse.ArgumentTypeError(f"{text!r} is no count: write a number from 1 to 1000000")
+def _count(text: str, most: int = 1_000_000) -> int:
+    if not text.isascii() or not text.isdigit() or not 0 < int(text) <= most:
+        raise argparse.ArgumentTypeError(f"{text!r} is no count: write a number from 1 to {most}")
     return int(text)
+
+
+def _page_size(text: str) -> int:
+    return _count(text, _MOST)
 
 
 def _moment(text: str) -> datetime:
@@ -227,18 +231,23 @@ async def _each(
                 more = True
                 break
             ids.append(letter.sequence)
-    refused = 0
-    for sequence in ids:
-        try:
-            result = await work(sequence)
-        except (NoSuchLetter, ReplayRefused) as error:
-            refused += 1
-            print(f"tidings: {_printable(str(error))}", file=sys.stderr)
-            continue
-        if args.json:
-            _print_json({"id": sequence, done: True, **result})
-    if not args.json:
-        print(f"{len(ids) - refused} {done}" + (f", {refused} not" if refused else ""))
+    count = refused = 0
+    try:
+        for sequence in ids:
+            try:
+                result = await work(sequence)
+            except (NoSuchLetter, ReplayRefused) as error:
+                refused += 1
+                print(f"tidings: {_printable(str(error))}", file=sys.stderr)
+                continue
+            count += 1
+            if args.json:
+                _print_json({"id": sequence, done: True, **result})
+                # Whoever is stopped half-way has said what is done.
+                sys.stdout.flush()
+    finally:
+        if not args.json:
+            print(f"{count} {done}" + (f", {refused} not" if refused else ""))
     if more:
         print(f"there are more than {args.limit}: go on with the same command", file=sys.stderr)
     return 1 if refused else 0

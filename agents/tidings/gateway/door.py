@@ -10,7 +10,7 @@ from aiohttp import web
 
 from tidings.identity import Device
 from tidings.runtime.porch import Porch
-from tidings.store.port import Holder
+from tidings.store.port import ANONYMOUS, Holder
 from tidings.stream import consumers
 from tidings.wire import codes, frames
 from tidings.wire.codes import Close
@@ -128,12 +128,12 @@ class Door:
             return None
         hello = self._read_hello(frame)
         who = await self._identify(hello, request.headers.get("Authorization"))
+        device = who.device or hello.device or f"{ANONYMOUS}{new_id()}"
+        # Before it can put another connection of the device out, or anything on the user's account.
+        self._check_revoked(who, device)
         self._count(socket, who.user)
-        device = who.device or hello.device or f"session-{new_id()}"
         if hello.device is not None and hello.device != device:
             raise _Refused(codes.NOT_ALLOWED, "the token is for another device than the hello names")
-        # Before it can put another connection of the device out.
-        self._check_revoked(who, device)
         window = min(hello.window or settings.window, settings.window_max)
         return await self._join(socket, who, device, window, _since(hello))
 

@@ -13,17 +13,14 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from datetime import datetime
 from typing import Any, Final, NamedTuple
 
 import orjson
 
 from tidings.wire import subject
 from tidings.wire.errors import (
-    BadSubject,
-    BadTopic,
     InvalidNotification,
     NoSuchLetter,
     ReplayRefused,
@@ -34,6 +31,7 @@ from tidings.wire.notification import check as check_envelope
 
 from .connection import ApiError, Connection
 from .consumers import NOT_FOUND, status_of
+from .letter import EVERYTHING, Filter, Letter
 from .topology import DEAD, TOPICS, is_partition
 
 __all__ = [
@@ -56,117 +54,6 @@ _BATCH: Final = 256
 _SCAN: Final = 10_000
 """Letters that are read for one page at most: one of a rare kind may be short, and still have a `next`."""
 _END_OF_BATCH: Final = 204
-_GONE: Final = (NOT_FOUND, 400)
-"""How the server says that no message has this sequence: it never had one, or it was deleted."""
-_NOT_DELETED: Final = 10057
-"""JetStream's number for a message that it could not delete, which it gives for one that is not there, too."""
-
-
-class Letter(NamedTuple):
-    """A dead letter as it lies in ``DEAD``."""
-
-    sequence: int
-    """Its id."""
-    plane: str
-    """``user``, ``topic`` or ``broadcast``: where it died."""
-    stored: str
-    """When it became a dead letter: RFC 3339, UTC, to the nanosecond."""
-    headers: Mapping[str, str]
-    body: bytes
-    """The original bytes."""
-
-    @property
-    def reason(self) -> str:
-        """A code: ``invalid_notification``, ``bad_subject``, ``bad_topic``, ``rows_refused``, ``undelivered`` …"""
-        return self.headers.get("Tidings-Reason", "unknown")
-
-    @property
-    def detail(self) -> str:
-        return self.headers.get("Tidings-Detail", "")
-
-    @property
-    def attempts(self) -> int:
-        return int(self.headers.get("Tidings-Attempts", "0"))
-
-    @property
-    def origin(self) -> str | None:
-        """The subject under which the log had it; None for a broadcast that one device did not acknowledge."""
-        return self.headers.get("Tidings-Origin-Subject")
-
-    @property
-    def user(self) -> str | None:
-        """Whose it was; None for a topic's, and where the subject names nobody."""
-        token = self.headers.get("Tidings-User") or subject.token_of(self.origin or "")
-        try:
-            return subject.unescape(token) if token else None
-        except BadSubject:
-            return None
-
-    @property
-    def device(self) -> str | None:
-        """The device that did not acknowledge it, of ``undelivered`` ones."""
-        token = self.headers.get("Tidings-Device")
-        return subject.unescape(token, "device id") if token else None
-
-    @property
-    def topic(self) -> str | None:
-        """The topic that it was published to; None for a user's, and where the subject names none."""
-        try:
-            return None if self.origin is None or subject.token_of(self.origin) else subject.topic_of(self.origin)
-        except BadTopic:
-            return None
-
-    def describe(self, *, body: bool = True) -> dict[str, Any]:
-        """As a JSON-ready object; the bytes as ``notification`` where they are JSON, else as ``base64``."""
-        sequence = self.headers.get("Tidings-Sequence")
-        return {
-            "id": self.sequence,
-            "plane": self.plane,
-            "reason": self.reason,
-            "detail": self.detail,
-            "stored": self.stored,
-            "user": self.user,
-            "topic": self.topic,
-            "device": self.device,
-            "origin": self.origin,
-            "stream": self.headers.get("Tidings-Stream"),
-            "sequence": None if sequence is None else int(sequence),
-            "attempts": self.attempts,
-            **(readable(self.body) if body else {}),
-        }
-
-
-def readable(body: bytes) -> dict[str, Any]:
-    """A message's bytes in a JSON-ready object: as ``notification`` where they are JSON, else as ``base64``."""
-    try:
-        return {"notification": orjson.loads(body)}
-    except orjson.JSONDecodeError:
-        return {"base64": base64.b64encode(body).decode()}
-
-
-class Filter(NamedTuple):
-    """Which letters are meant: those to which all that is given applies."""
-
-    plane: str | None = None
-    reason: str | None = None
-    user: str | None = None
-    topic: str | None = None
-    since: datetime | None = None
-    """Not older than this; with a time zone."""
-    until: datetime | None = None
-    """Older than this; with a time zone."""
-
-    def matches(self, letter: Letter) -> bool:
-        wanted = ((self.plane, "plane"), (self.reason, "reason"), (self.user, "user"), (self.topic, "topic"))
-        if any(value is not None and getattr(letter, name) != value for value, name in wanted):
-            return False
-        if self.since is None and self.until is None:
-            return True
-        stored = datetime.fromisoformat(letter.stored)
-        return (self.since is None or stored >= self.since) and (self.until is None or stored < self.until)
-
-
-EVERYTHING: Final = Filter()
 
 
 class Page(NamedTuple):
@@ -198,7 +85,10 @@ async def page(
     before: int | None = None,
     after: int | None = None,
 ) -> Page:
-    """A page of letters: newest first, older than `before`; or with `after` oldest first, newer than that."""
+    """A page of letters: newest first, older than `before`; or with `after` oldest first, newer than that.
+
+    All of it is in memory, bodies too. A replica answers, which may lag the leader for a moment.
+    """
     first, last = await _bounds(connection)
     if after is not None:
         return await _oldest_first(connection, wanted, limit, after, last)
@@ -225,7 +115,7 @@ async def page(
 async def _oldest_first(connection: Connection, wanted: Filter, limit: int, after: int, last: int) -> Page:
     found: list[Letter] = []
     seen = 0
-    async with aclosing(_read(connection, after + 1, last)) as letters:
+    async with aclosing(_read(connection, max(after, 0) + 1, last)) as letters:
         async for letter in letters:
             seen += 1
             if wanted.matches(letter):
@@ -248,13 +138,9 @@ async def each(
 
 async def look(connection: Connection, sequence: int) -> Letter:
     """One letter; raises `NoSuchLetter`."""
-    try:
-        found = await connection.api(f"STREAM.MSG.GET.{DEAD}", {"seq": sequence})
-    except ApiError as error:
-        if error.status in _GONE:
-            raise NoSuchLetter(_gone(sequence)) from None
-        raise
-    message = found["message"]
+    message = await _find(connection, sequence) if _may_be(sequence) else None
+    if message is None:
+        raise NoSuchLetter(_gone(sequence))
     header = base64.b64decode(message.get("hdrs", ""))
     return _letter(
         message["seq"], message["subject"], message["time"], header, base64.b64decode(message.get("data", ""))
@@ -288,10 +174,13 @@ async def replay(
 
 async def discard(connection: Connection, sequence: int) -> bool:
     """Delete a letter; False when it is gone already."""
+    if not _may_be(sequence):
+        return False
     try:
         await connection.api(f"STREAM.MSG.DELETE.{DEAD}", {"seq": sequence})
-    except ApiError as error:
-        if error.status in _GONE or error.err_code == _NOT_DELETED:
+    except ApiError:
+        # JetStream has one number for what it could not delete and for what is not there.
+        if await _find(connection, sequence) is None:
             return False
         raise
     return True
@@ -305,6 +194,22 @@ async def drop(connection: Connection, sequence: int) -> None:
 
 def _gone(sequence: int) -> str:
     return f"there is no dead letter {sequence}: it was replayed or dropped, is past its age, or never was"
+
+
+async def _find(connection: Connection, sequence: int) -> dict[str, Any] | None:
+    """A letter as the leader has it; None when it is gone."""
+    try:
+        found: dict[str, Any] = await connection.api(f"STREAM.MSG.GET.{DEAD}", {"seq": sequence})
+    except ApiError as error:
+        if error.status == NOT_FOUND:
+            return None
+        raise
+    message: dict[str, Any] = found["message"]
+    return message
+
+
+def _may_be(sequence: int) -> bool:
+    return 0 < sequence < 2**63
 
 
 def _destination(letter: Letter) -> str:

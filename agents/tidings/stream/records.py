@@ -13,6 +13,7 @@ from tidings.wire.position import Position
 from . import consumers, letters, topology
 from .connection import ApiError, Connection
 from .consumers import NOT_FOUND
+from .letter import Filter, readable
 from .topology import BROADCAST_PART, notify_stream
 
 __all__ = ["broadcast_floor", "dead_of_user", "newest", "of_user", "purge", "purge_dead"]
@@ -67,18 +68,18 @@ async def of_user(connection: Connection, user: str) -> AsyncIterator[dict[str, 
             "pos": str(Position(incarnation, message["seq"])),
             "stored": message["time"],
             "until": until.isoformat(timespec="seconds").replace("+00:00", "Z") if max_age_s else None,
-            **letters.readable(base64.b64decode(message.get("data", ""))),
+            **readable(base64.b64decode(message.get("data", ""))),
         }
 
 
 async def dead_of_user(connection: Connection, user: str) -> AsyncIterator[dict[str, Any]]:
     """The user's dead letters, as JSON-ready objects. Reads all dead letters."""
-    async for letter in letters.each(connection, letters.Filter(user=user)):
+    async for letter in letters.each(connection, Filter(user=user)):
         yield {
             "kind": "dead",
             "stored": letter.stored,
             "headers": letter.headers,
-            **letters.readable(letter.body),
+            **readable(letter.body),
         }
 
 
@@ -93,6 +94,6 @@ async def purge(connection: Connection, user: str) -> int:
 async def purge_dead(connection: Connection, user: str) -> int:
     """Delete the dead letters that were the user's; returns how many. Reads all dead letters."""
     gone = 0
-    async for letter in letters.each(connection, letters.Filter(user=user)):
+    async for letter in letters.each(connection, Filter(user=user)):
         gone += await letters.discard(connection, letter.sequence)
     return gone
