@@ -31,9 +31,9 @@ class Dev:
         self.api = ""
 
     async def read_greeting(self) -> None:
-        self.url = (await self.command.said(r"Page +(http://\S+)/$"))[1]
-        self.api = (await self.command.said(r"HTTP api +(http://\S+)/v1/docs$"))[1]
-        self.nats = (await self.command.said(r"NATS +(nats://\S+)$"))[1]
+        self.url = (await self.command.said(r"Page +(https?://\S+)/$"))[1]
+        self.api = (await self.command.said(r"HTTP api +(https?://\S+)/v1/docs$"))[1]
+        self.nats = (await self.command.said(r"NATS +((?:nats|tls)://\S+)$"))[1]
         await self.command.said("Ctrl-C")
 
     @property

@@ -24,6 +24,7 @@ from tidings.publish import Publisher
 from tidings.runtime.porch import Porch, Runner
 from tidings.runtime.service import Service
 from tidings.runtime.settings import Settings
+from tidings.runtime.tls import server_tls
 from tidings.store.guard import GuardedStore
 from tidings.store.port import Store
 from tidings.stream import topology
@@ -90,7 +91,8 @@ class Api(Service):
         porch = Porch(settings.strangers_max)
         app = make_app(backing, gate, porch, self._unready, self._observer)
         await self._listen(app, porch)
-        self.log.info("the api listens on %s:%d", settings.api_host, self.port)
+        secured = " with TLS" if settings.tls_certificate else ""
+        self.log.info("the api listens on %s:%d%s", settings.api_host, self.port, secured)
 
     async def _listen(self, app: web.Application, porch: Porch) -> None:
         host, port = self._settings.api_host, self._settings.api_port
@@ -105,7 +107,10 @@ class Api(Service):
             auto_decompress=False,
         )
         await self._runner.setup()
-        site = web.TCPSite(self._runner, host, port, backlog=1024)
+        tls = server_tls(self._settings)
+        if tls is not None:
+            self.spawn(tls.watch())
+        site = web.TCPSite(self._runner, host, port, backlog=1024, ssl_context=None if tls is None else tls.context)
         try:
             # Cancelled half-way, asyncio would leave a socket that listens and that nobody has.
             listening = asyncio.ensure_future(site.start())

@@ -46,33 +46,35 @@ def _gateway(args: argparse.Namespace) -> int:
     """A gateway, configured by the environment (TIDINGS_…) or --config, until SIGINT or SIGTERM."""
     from tidings.gateway.agent import Gateway
 
-    return run(_agent(load(args, host=args.host, port=args.port), Gateway))
+    return run(_agent("gateway", load(args, host=args.host, port=args.port), Gateway))
 
 
 def _inbox(args: argparse.Namespace) -> int:
     """An inbox agent, configured by the environment (TIDINGS_…) or --config, until SIGINT or SIGTERM."""
     from tidings.inbox.agent import InboxAgent
 
-    return run(_agent(load(args), InboxAgent))
+    return run(_agent("inbox", load(args), InboxAgent))
 
 
 def _fanout(args: argparse.Namespace) -> int:
     """A fan-out agent, configured by the environment (TIDINGS_…) or --config, until SIGINT or SIGTERM."""
     from tidings.fanout.agent import FanoutAgent
 
-    return run(_agent(load(args), FanoutAgent))
+    return run(_agent("fanout", load(args), FanoutAgent))
 
 
 def _api(args: argparse.Namespace) -> int:
     """An HTTP api agent, configured by the environment (TIDINGS_…) or --config, until SIGINT or SIGTERM."""
     from tidings.api.agent import Api
 
-    return run(_agent(load(args, api_host=args.host, api_port=args.port), Api))
+    return run(_agent("api", load(args, api_host=args.host, api_port=args.port), Api))
 
 
-async def _agent(settings: Settings, make: Callable[[Settings, Store], Service]) -> int:
+async def _agent(name: str, settings: Settings, make: Callable[[Settings, Store], Service]) -> int:
+    from tidings.runtime.exposure import check_exposures
     from tidings.store.factory import open_store_url
 
+    check_exposures(settings, name)
     store = open_store_url(settings.store_url, retention_days=settings.retention_days)
     agent = make(settings, store)
     try:

@@ -36,6 +36,11 @@ def register(commands: Commands[argparse.ArgumentParser], common: argparse.Argum
         help="keep the inbox on a CQL server: cql://host:9042/keyspace, made where it is missing (default: SQLite, in "
         "the state folder; --fresh deletes only what is there)",
     )
+    parser.add_argument(
+        "--tls",
+        action="store_true",
+        help="https, wss and NATS with TLS, by certificates of an authority that is made in the state folder",
+    )
     add_state(parser)
     parser.set_defaults(run=_dev)
 
@@ -55,7 +60,9 @@ def _dev(args: argparse.Namespace) -> int:
     settings = load(args, host=args.host, port=args.port, api_host=args.host, api_port=args.api_port)
 
     async def main() -> int:
-        mesh = DevMesh(settings, args.state, nats_port=args.nats_port, fresh=args.fresh, store_url=args.store)
+        mesh = DevMesh(
+            settings, args.state, nats_port=args.nats_port, fresh=args.fresh, store_url=args.store, tls=args.tls
+        )
         return await serve(mesh, started=lambda: print(_greeting(mesh, args), flush=True))
 
     return run(main())
@@ -64,13 +71,17 @@ def _dev(args: argparse.Namespace) -> int:
 def _greeting(mesh: DevMesh, args: argparse.Namespace) -> str:
     http, nats = mesh.http_url, mesh.nats.url
     state = [] if args.state == DEFAULT_STATE else ["--state", str(args.state)]
-    to_nats = [] if nats == _DEFAULT_NATS else ["--nats", nats]
+    ca = None if mesh.authority is None else str(mesh.authority.ca)
+    # What has an authority of its own is found by the state folder, not by an address alone.
+    elsewhere = [] if nats == _DEFAULT_NATS else ["--nats", nats]
+    to_nats = elsewhere if ca is None else state
     listen = shlex.join([*program(), "listen", "--user", "alice", *state])
     publish = shlex.join(
         [*program(), "publish", "--user", "alice", "--type", "social.like", "--data", '{"text":"hi"}', *to_nats]
     )
     header = "Nats-Msg-Id:alice/like-1"
-    plain = shlex.join(["nats", "-s", nats, "pub", "--jetstream", "-H", header, "notify.user.alice", _EVENT])
+    trust = [] if ca is None else ["--tlsca", ca]
+    plain = shlex.join(["nats", "-s", nats, *trust, "pub", "--jetstream", "-H", header, "notify.user.alice", _EVENT])
     lines = [
         "",
         f"  Page       {http}/",
@@ -78,6 +89,7 @@ def _greeting(mesh: DevMesh, args: argparse.Namespace) -> str:
         f"  HTTP api   {mesh.api_url}/v1/docs",
         f"  NATS       {nats}",
         f"  State      {mesh.folder.path}",
+        *([] if ca is None else [f"  CA         {ca}", f"             curl --cacert {shlex.quote(ca)} {http}/readyz"]),
         "",
         "  In other terminals:",
         f"    {listen}",

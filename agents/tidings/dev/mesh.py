@@ -31,9 +31,10 @@ from tidings.store.factory import is_cql, open_store_url
 from tidings.store.port import Store
 from tidings.stream import consumers, topology
 from tidings.stream.connection import ApiError, Connection, connect
-from tidings.stream.server import NatsServer
+from tidings.stream.server import NatsServer, NatsTls
 from tidings.wire.errors import StartFailed, StoreUnavailable, StreamUnavailable, TopologyMismatch
 
+from .authority import Authority
 from .crowd import Crowd
 from .routes import Routes
 from .state import StateFolder
@@ -42,6 +43,9 @@ __all__ = ["DevMesh", "embedded"]
 
 _WHERE_NATS_IS: Final = ("127.0.0.1", "0.0.0.0")
 """Who listens there has a port that NATS cannot have."""
+
+_RENEW_S: Final = 43_200
+"""How often certificates are looked at, which are made anew a month before their end."""
 
 _DRAIN_S: Final = 0.7
 _AGENTS_STOP_S: Final = 1.0
@@ -62,8 +66,12 @@ class DevMesh(Service):
         nats_port: int = 4222,
         fresh: bool = False,
         store_url: str | None = None,
+        tls: bool = False,
     ) -> None:
         super().__init__()
+        self._tls = tls
+        self.authority: Authority | None = None
+        """Of the certificates, where there is TLS."""
         self._store_url = store_url
         self.folder = StateFolder(state)
         self.settings = settings
@@ -89,14 +97,14 @@ class DevMesh(Service):
         """Of the page; a mesh that listens everywhere is reached at the loopback address too."""
         if self._gateway is None:
             raise RuntimeError("the mesh was not started")
-        return _url(self.settings.host, self._gateway.port)
+        return _url(self.settings.host, self._gateway.port, tls=self._tls)
 
     @property
     def api_url(self) -> str:
         """Of the HTTP api, likewise."""
         if self._api is None:
             raise RuntimeError("the mesh was not started")
-        return _url(self.settings.api_host, self._api.port)
+        return _url(self.settings.api_host, self._api.port, tls=self._tls)
 
     async def _start(self) -> None:
         settings = self.settings
@@ -105,15 +113,33 @@ class DevMesh(Service):
         _check_port("HTTP api", settings.api_host, settings.api_port, "--api-port", others)
         self.folder.open(fresh=self._fresh)
         key = self.folder.key()
-        self._nats = NatsServer(self.folder.nats, port=self._nats_port, partitions=self.folder.marker.partitions)
+        if self._tls:
+            self.authority = Authority(self.folder.tls, self.settings.host)
+            # The address may be another one than the last time.
+            self.authority.renew(anew=True)
+        self._nats = NatsServer(
+            self.folder.nats,
+            port=self._nats_port,
+            partitions=self.folder.marker.partitions,
+            tls=None if self.authority is None else NatsTls(self.authority.certificate, self.authority.key),
+        )
         await self._nats.start()
-        self.settings = embedded(self.settings, self.folder, self._nats.url, key, self._store_url)
+        self.settings = embedded(self.settings, self.folder, self._nats.url, key, self._store_url, self.authority)
         self._connection = await connect(self.settings, "tidings-dev", found=self._nats_is_back)
         await self._make_streams(self._connection)
         await topology.probe_mapping(self._connection, self.settings.partitions)
         self._store = await self._open_store()
         await self._start_agents(self._store)
-        self.folder.note_running(self._nats.url, self.http_url, self.settings.store_url)
+        self.folder.note_running(self._nats.url, self.http_url, self.settings.store_url, self.settings.nats_ca)
+        if self.authority is not None:
+            self.spawn(self._keep_certificates(self.authority))
+
+    async def _keep_certificates(self, authority: Authority) -> None:
+        """A mesh that runs for months: the gateway sees by itself that the files are new, nats-server is told."""
+        while True:
+            await asyncio.sleep(_RENEW_S)
+            if authority.renew():
+                self.nats.reload()
 
     async def _make_streams(self, connection: Connection) -> None:
         """Create or verify the topology. What was made once and is missing now was lost, and is not made anew."""
@@ -193,7 +219,7 @@ class DevMesh(Service):
         await self._fanout.start()
         routes = Routes(self.settings, Crowd(self.settings, store))
         self._gateway = Gateway(self.settings, store, routes=routes.add_to)
-        self._publisher = routes.publisher = Publisher(self.settings.nats_url, schemas=Schemas.checking(self.settings))
+        self._publisher = routes.publisher = Publisher(self.settings, schemas=Schemas.checking(self.settings))
         await self._publisher.open()
         await self._gateway.start()
         self._api = Api(self.settings, store)
@@ -244,7 +270,12 @@ async def _apply_schema(url: str) -> None:
 
 
 def embedded(
-    settings: Settings, folder: StateFolder, nats_url: str, key: str, store_url: str | None = None
+    settings: Settings,
+    folder: StateFolder,
+    nats_url: str,
+    key: str,
+    store_url: str | None = None,
+    authority: Authority | None = None,
 ) -> Settings:
     """The settings of a mesh on a state folder: its own server, store and keys, whatever the environment says.
 
@@ -254,6 +285,11 @@ def embedded(
         settings,
         nats_url=nats_url,
         nats_credentials="",
+        nats_ca="" if authority is None else str(authority.ca),
+        nats_certificate="",
+        nats_key="",
+        tls_certificate="" if authority is None else str(authority.certificate),
+        tls_key="" if authority is None else str(authority.key),
         partitions=folder.marker.partitions,
         replicas=1,
         store_url=store_url or folder.store_url,
@@ -266,9 +302,9 @@ def embedded(
     )
 
 
-def _url(host: str, port: int) -> str:
+def _url(host: str, port: int, *, tls: bool) -> str:
     host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    return f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def _check_port(what: str, host: str, port: int, option: str, others: Mapping[str, tuple[str, int]]) -> None:

@@ -21,6 +21,7 @@ from tidings.identity.entitlement import TopicEntitlement
 from tidings.runtime.porch import Porch, Runner
 from tidings.runtime.service import Service
 from tidings.runtime.settings import Settings
+from tidings.runtime.tls import server_tls
 from tidings.store.guard import GuardedStore
 from tidings.store.port import Store
 from tidings.stream import gateways, topology
@@ -114,7 +115,8 @@ class Gateway(Service):
             self.spawn(loop())
         connection.gulp_s = _GULP_S
         await self._listen()
-        self.log.info("gateway %s listens on %s:%d", hub.gateway, self._settings.host, self.port)
+        secured = " with TLS" if self._settings.tls_certificate else ""
+        self.log.info("gateway %s listens on %s:%d%s", hub.gateway, self._settings.host, self.port, secured)
 
     async def _listen(self) -> None:
         assert self._porch is not None
@@ -138,7 +140,10 @@ class Gateway(Service):
         )
         await self._runner.setup()
         host, port = self._settings.host, self._settings.port
-        site = web.TCPSite(self._runner, host, port, backlog=4096)
+        tls = server_tls(self._settings)
+        if tls is not None:
+            self.spawn(tls.watch())
+        site = web.TCPSite(self._runner, host, port, backlog=4096, ssl_context=None if tls is None else tls.context)
         try:
             # Cancelled half-way, asyncio would leave a socket that listens and that nobody has.
             listening = asyncio.ensure_future(site.start())
