@@ -21,12 +21,13 @@ REMOTE: Final = {
     "TIDINGS_NATS_URL": "nats://user:hunter2@nats.example.com:4222",
     "TIDINGS_STORE_URL": "cql://user:hunter2@s1.example.com,s2.example.com:9042/tidings",
     "TIDINGS_HOST": "0.0.0.0",
+    "TIDINGS_API_HOST": "0.0.0.0",
     "TIDINGS_TOKEN_KEY": "changeme-changeme-changeme-changeme",
 }
 DOORS: Final = ("tls_certificate and tls_key", "token_key can be guessed")
 
 
-@pytest.mark.parametrize("agent", ["gateway", "inbox", "fanout"])
+@pytest.mark.parametrize("agent", ["gateway", "inbox", "fanout", "api"])
 async def test_each_agent_refuses(agent: str, tmp_path: Path) -> None:
     """Each says all that is wrong for it in one sentence, and never a password."""
     ran = await answer(agent, cwd=tmp_path, **REMOTE)
@@ -35,7 +36,7 @@ async def test_each_agent_refuses(agent: str, tmp_path: Path) -> None:
     for words in ("nats_url) is spoken to without TLS", "store_url) is spoken to without TLS"):
         assert words in said
     for words in DOORS:
-        assert (words in said) is (agent == "gateway"), words
+        assert (words in said) is (agent in ("gateway", "api")), words
     assert "hunter2" not in "\n".join(ran.lines)
 
 

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from support.certificates import Authority, serial_of, served, settings_for
@@ -29,6 +30,21 @@ from tidings.wire.errors import BadSettings, StreamUnavailable
 def authority(tmp_path: Path) -> Authority:
     """Whom a test trusts."""
     return Authority(tmp_path / "tls")
+
+
+# The api
+
+
+async def test_api_over_tls(mesh: Mesh, authority: Authority) -> None:
+    """A client that trusts the authority is answered; one that does not sends no token."""
+    agent = await mesh.api(**settings_for(authority.pair("api")))
+    url = f"https://localhost:{agent.port}/v1/users/alice/unread"
+    headers = {"Authorization": f"Bearer {issue(KEY, 'alice')}"}
+    async with httpx.AsyncClient(verify=authority.trust()) as http:
+        assert (await http.get(url, headers=headers)).json() == {"unread": 0}
+    async with httpx.AsyncClient() as http:
+        with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
+            await http.get(url, headers=headers)
 
 
 # The gateway

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, Final
@@ -51,8 +52,6 @@ async def client(port: int) -> AsyncIterator[httpx.AsyncClient]:
 @asynccontextmanager
 async def api(mesh: Mesh, **changed: Any) -> AsyncIterator[httpx.AsyncClient]:
     """An api agent in this process, and a client of it."""
-    import dataclasses
-
     agent = Api(dataclasses.replace(mesh.settings, **changed), mesh.store)
     await agent.start()
     try:

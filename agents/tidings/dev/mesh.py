@@ -97,18 +97,14 @@ class DevMesh(Service):
         """Of the page; a mesh that listens everywhere is reached at the loopback address too."""
         if self._gateway is None:
             raise RuntimeError("the mesh was not started")
-        return _url(self._scheme, self.settings.host, self._gateway.port)
+        return _url(self.settings.host, self._gateway.port, tls=self._tls)
 
     @property
     def api_url(self) -> str:
         """Of the HTTP api, likewise."""
         if self._api is None:
             raise RuntimeError("the mesh was not started")
-        return _url(self._scheme, self.settings.api_host, self._api.port)
-
-    @property
-    def _scheme(self) -> str:
-        return "https" if self._tls else "http"
+        return _url(self.settings.api_host, self._api.port, tls=self._tls)
 
     async def _start(self) -> None:
         settings = self.settings
@@ -306,9 +302,9 @@ def embedded(
     )
 
 
-def _url(scheme: str, host: str, port: int) -> str:
+def _url(host: str, port: int, *, tls: bool) -> str:
     host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+    return f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def _check_port(what: str, host: str, port: int, option: str, others: Mapping[str, tuple[str, int]]) -> None:
