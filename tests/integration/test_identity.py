@@ -52,7 +52,7 @@ async def status_of(gateway: Agent, path: str) -> tuple[int, dict[str, Any]]:
 
 async def test_a_session_ends_with_its_token(mesh: Mesh) -> None:
     """The socket is closed with 4401; within the linger time a new token takes the same session over, acks owed."""
-    gateway = await mesh.gateway(linger_s=PATIENCE_S, **STRICT)
+    gateway = await mesh.gateway(linger_s=PATIENCE_S, ack_wait_s=2 * PATIENCE_S, **STRICT)
     phone, welcome = await come(mesh, gateway, token("alice", "phone", SHORT_S))
     phone.auto_ack = False
     assert (welcome["t"], 0 <= welcome["expires_in"] <= SHORT_S) == ("welcome", True)
