@@ -1,7 +1,7 @@
 """The hostile clients: as many of one kind as they are told to be, in one process that steps back for the good ones.
 
-They share the load client's core at a low priority, so that what the good ones wait for is the gateway. None heeds a
-`bye`: who is closed comes back at once.
+They share the load client's core and have only the time that nobody else wants there (SCHED_IDLE), so that what the
+good ones wait for is the gateway. None heeds a `bye`: who is closed comes back at once.
 """
 
 from __future__ import annotations
@@ -27,8 +27,6 @@ _REQUEST: Final = (
     "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
     f"Sec-WebSocket-Protocol: {SUBPROTOCOL}\r\n\r\n"
 ).encode()
-_STEPS_BACK: Final = 5
-"""A third of the load client's share where both want the core."""
 _LONG: Final = 100
 """Frames of one write."""
 _GOODBYE: Final = b"\x88\x82\0\0\0\0\x03\xe8"
@@ -126,7 +124,7 @@ class Gang:
 
 
 async def _main() -> None:
-    os.nice(_STEPS_BACK)
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     gang = Gang()
     orders: dict[str, Callable[..., Awaitable[dict[str, Any]]]] = {
         "setup": gang.setup,

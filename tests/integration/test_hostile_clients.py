@@ -16,6 +16,8 @@ from support.device import Device
 from support.mesh import KEY, Mesh
 from support.rawclient import PING, PONG, TEXT, UPGRADE, RawClient, frame
 from tidings.gateway.agent import Gateway
+from tidings.gateway.keeper import Keeper
+from tidings.gateway.opening import Opener
 from tidings.identity import issue
 from tidings.runtime.settings import Settings
 
@@ -56,17 +58,20 @@ FLOODS = {
 }
 
 
-@pytest.mark.parametrize("flood", FLOODS.values(), ids=FLOODS)
-async def test_too_many_frames(start: Start, flood: bytes) -> None:
+async def test_too_many_frames(start: Start) -> None:
     """Past the burst and the grace the connection ends with 4429, and the farewell says when to come back."""
     gateway = await start(**LIMITS)
-    async with RawClient(gateway.port) as mallory:
-        assert (await mallory.hello(issue(KEY, "mallory"), device="d"))["t"] == "welcome"
-        mallory.send(flood)
-        assert await mallory.ended() == 4429
-    assert mallory.frames[-2]["code"] == "too_many_requests"
-    assert mallory.frames[-1]["t"] == "bye"
-    assert mallory.frames[-1]["reconnect"] is True
+
+    async def flooded(name: str, flood: bytes) -> None:
+        async with RawClient(gateway.port) as mallory:
+            assert (await mallory.hello(issue(KEY, name), device="d"))["t"] == "welcome"
+            mallory.send(flood)
+            assert await mallory.ended() == 4429, name
+        assert mallory.frames[-2]["code"] == "too_many_requests", name
+        assert mallory.frames[-1]["t"] == "bye", name
+        assert mallory.frames[-1]["reconnect"] is True
+
+    await asyncio.gather(*(flooded(name, flood) for name, flood in FLOODS.items()))
     await until(lambda: not len(gateway.hub), "no session is left")
 
 
@@ -191,7 +196,7 @@ async def test_large_handshakes(start: Start, request_: bytes, caplog: pytest.Lo
 
 async def test_strangers_keep_nobody_out(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """Above the limit of silent connections the oldest goes, and who says hello is welcome."""
-    monkeypatch.setattr("tidings.gateway.porch._FAIR_S", 0.0)
+    monkeypatch.setattr("tidings.runtime.porch._FAIR_S", 0.0)
     gateway = await start(strangers_max=10)
     async with AsyncExitStack() as stack:
         silent = [await stack.enter_async_context(RawClient(gateway.port)) for _ in range(15)]
@@ -247,7 +252,7 @@ async def test_memory_has_an_end(start: Start, mesh: Mesh) -> None:
         session.resend()
         await asyncio.sleep(0.01)
     object.__setattr__(gateway.hub.settings, "memory_max_bytes", 1)
-    gateway.spawn(gateway._keeper.watch_memory())  # type: ignore[union-attr]
+    gateway.spawn(Keeper(gateway.hub, Opener(gateway.hub)).watch_memory())
     await until(lambda: session.socket is None, "who does not read is closed")
     slow.resume()
     assert await slow.closed() == 4410

@@ -1,4 +1,4 @@
-"""``tidings gateway``, ``inbox`` and ``fanout``: one agent as a process of its own."""
+"""``tidings gateway``, ``inbox``, ``fanout`` and ``api``: one agent as a process of its own."""
 
 from __future__ import annotations
 
@@ -31,6 +31,15 @@ def register(commands: Commands[argparse.ArgumentParser], common: argparse.Argum
         "fanout", parents=[common], help="run one fan-out agent: it serves topics", description=_fanout.__doc__
     )
     fanout.set_defaults(run=_fanout)
+    api = commands.add_parser(
+        "api",
+        parents=[common],
+        help="run one HTTP api agent: services and web clients use it",
+        description=_api.__doc__,
+    )
+    api.add_argument("--host", help="address to listen on (default: the setting api_host)")
+    api.add_argument("--port", type=int, help="port to listen on, 0 for any (default: the setting api_port)")
+    api.set_defaults(run=_api)
 
 
 def _gateway(args: argparse.Namespace) -> int:
@@ -52,6 +61,13 @@ def _fanout(args: argparse.Namespace) -> int:
     from tidings.fanout.agent import FanoutAgent
 
     return run(_agent(load(args), FanoutAgent))
+
+
+def _api(args: argparse.Namespace) -> int:
+    """An HTTP api agent, configured by the environment (TIDINGS_…) or --config, until SIGINT or SIGTERM."""
+    from tidings.api.agent import Api
+
+    return run(_agent(load(args, api_host=args.host, api_port=args.port), Api))
 
 
 async def _agent(settings: Settings, make: Callable[[Settings, Store], Service]) -> int:

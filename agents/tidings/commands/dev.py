@@ -25,8 +25,9 @@ def register(commands: Commands[argparse.ArgumentParser], common: argparse.Argum
     parser = commands.add_parser(
         "dev", parents=[common], help="run everything on this machine", description=_dev.__doc__
     )
-    parser.add_argument("--host", help="address of the page and the WebSockets (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, help="port of both, 0 for any (default: 8080)")
+    parser.add_argument("--host", help="address of the page, the WebSockets and the HTTP api (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, help="port of the page and the WebSockets, 0 for any (default: 8080)")
+    parser.add_argument("--api-port", type=int, help="port of the HTTP api, 0 for any (default: 8081)")
     parser.add_argument("--nats-port", type=_port, default=4222, help="port of NATS, 0 for any (default: 4222)")
     parser.add_argument("--fresh", action="store_true", help="delete what the state folder holds first")
     parser.add_argument(
@@ -51,7 +52,7 @@ def _dev(args: argparse.Namespace) -> int:
     """
     from tidings.dev.mesh import DevMesh
 
-    settings = load(args, host=args.host, port=args.port)
+    settings = load(args, host=args.host, port=args.port, api_host=args.host, api_port=args.api_port)
 
     async def main() -> int:
         mesh = DevMesh(settings, args.state, nats_port=args.nats_port, fresh=args.fresh, store_url=args.store)
@@ -74,6 +75,7 @@ def _greeting(mesh: DevMesh, args: argparse.Namespace) -> str:
         "",
         f"  Page       {http}/",
         f"  WebSocket  ws{http.removeprefix('http')}/v1/ws",
+        f"  HTTP api   {mesh.api_url}/v1/docs",
         f"  NATS       {nats}",
         f"  State      {mesh.folder.path}",
         "",
@@ -85,6 +87,6 @@ def _greeting(mesh: DevMesh, args: argparse.Namespace) -> str:
         "",
         "  Ctrl-C stops it all; the next start finds everything again.",
     ]
-    if mesh.settings.host not in _LOOPBACK:
+    if {mesh.settings.host, mesh.settings.api_host} - {*_LOOPBACK}:
         lines.append("  Everybody who reaches this address can have a token of any user here.")
     return "\n".join(lines)

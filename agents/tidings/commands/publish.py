@@ -44,8 +44,9 @@ def _publish(args: argparse.Namespace) -> int:
 
 async def _send(settings: Settings, args: argparse.Namespace, data: Any) -> int:
     from tidings.publish.publisher import Publisher
+    from tidings.schema import Schemas
 
-    async with Publisher(settings) as publisher:
+    async with Publisher(settings, schemas=Schemas.checking(settings)) as publisher:
         event = {"type": args.type, "data": data, "id": args.id}
         if args.topic is None:
             published = await publisher.publish(args.user, **event)

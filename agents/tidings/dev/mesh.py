@@ -2,7 +2,7 @@
 
 ::
 
-    state folder (locked) -> nats-server -> streams and mapping -> store -> inbox agent -> gateway with the page
+    state folder (locked) -> nats-server -> streams and mapping -> store -> inbox agent -> gateway with the page -> api
 
 They stop in the opposite order. All agents are the ones that run in production; only their number, the store and
 the settings below differ.
@@ -14,10 +14,11 @@ import asyncio
 import dataclasses
 import errno
 import socket
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from tidings.api.agent import Api
 from tidings.fanout.agent import FanoutAgent
 from tidings.gateway.agent import Gateway
 from tidings.inbox.agent import InboxAgent
@@ -25,6 +26,7 @@ from tidings.publish.publisher import Publisher
 from tidings.runtime.backoff import Backoff
 from tidings.runtime.service import Service, State
 from tidings.runtime.settings import Settings
+from tidings.schema import Schemas
 from tidings.store.factory import is_cql, open_store_url
 from tidings.store.port import Store
 from tidings.stream import consumers, topology
@@ -74,6 +76,7 @@ class DevMesh(Service):
         self._inbox: InboxAgent | None = None
         self._fanout: FanoutAgent | None = None
         self._gateway: Gateway | None = None
+        self._api: Api | None = None
 
     @property
     def nats(self) -> NatsServer:
@@ -86,11 +89,20 @@ class DevMesh(Service):
         """Of the page; a mesh that listens everywhere is reached at the loopback address too."""
         if self._gateway is None:
             raise RuntimeError("the mesh was not started")
-        host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.settings.host, self.settings.host)
-        return f"http://{f'[{host}]' if ':' in host else host}:{self._gateway.port}"
+        return _url(self.settings.host, self._gateway.port)
+
+    @property
+    def api_url(self) -> str:
+        """Of the HTTP api, likewise."""
+        if self._api is None:
+            raise RuntimeError("the mesh was not started")
+        return _url(self.settings.api_host, self._api.port)
 
     async def _start(self) -> None:
-        _check_port(self.settings.host, self.settings.port, self._nats_port)
+        settings = self.settings
+        _check_port("page", settings.host, settings.port, "--port", {"NATS": ("--nats-port", self._nats_port)})
+        others = {"NATS": ("--nats-port", self._nats_port), "the page": ("--port", settings.port)}
+        _check_port("HTTP api", settings.api_host, settings.api_port, "--api-port", others)
         self.folder.open(fresh=self._fresh)
         key = self.folder.key()
         self._nats = NatsServer(self.folder.nats, port=self._nats_port, partitions=self.folder.marker.partitions)
@@ -114,8 +126,8 @@ class DevMesh(Service):
     async def _apply(self, connection: Connection) -> None:
         changes = await topology.plan(connection, self.settings)
         made = [change.body["name"] for change in changes if change.request.startswith("STREAM.CREATE.")]
-        # A state folder of before there were topics, broadcasts or revocations has no streams for them yet.
-        later = (topology.TOPICS, topology.DECISIONS, topology.BROADCAST, topology.REVOCATIONS)
+        # A state folder of before there were topics, broadcasts, keys or revocations has no streams for them yet.
+        later = (topology.TOPICS, topology.DECISIONS, topology.BROADCAST, topology.KEYS, topology.REVOCATIONS)
         lost = [name for name in made if name not in later]
         if self.folder.marker.streams_made and lost:
             raise TopologyMismatch(f"missing {', '.join(lost)}")
@@ -181,14 +193,16 @@ class DevMesh(Service):
         await self._fanout.start()
         routes = Routes(self.settings, Crowd(self.settings, store))
         self._gateway = Gateway(self.settings, store, routes=routes.add_to)
-        self._publisher = routes.publisher = Publisher(self.settings.nats_url)
+        self._publisher = routes.publisher = Publisher(self.settings.nats_url, schemas=Schemas.checking(self.settings))
         await self._publisher.open()
         await self._gateway.start()
-        for service in (self.nats, self._inbox, self._fanout, self._gateway):
+        self._api = Api(self.settings, store)
+        await self._api.start()
+        for service in (self.nats, self._inbox, self._fanout, self._gateway, self._api):
             self.spawn(service.failed())
 
     async def _drain(self) -> None:
-        agents = [agent.drain() for agent in (self._gateway, self._fanout, self._inbox) if agent is not None]
+        agents = [agent.drain() for agent in self._agents()]
         await self._within(_DRAIN_S + 0.3, "the agents drain", *agents)
 
     async def _stop(self) -> None:
@@ -199,8 +213,13 @@ class DevMesh(Service):
                 await self._nats.stop()
             self.folder.close()
 
+    def _agents(self) -> list[Service]:
+        """In the order in which they stop."""
+        agents: tuple[Service | None, ...] = (self._api, self._gateway, self._fanout, self._inbox)
+        return [agent for agent in agents if agent is not None]
+
     async def _stop_agents(self) -> None:
-        agents = [agent.stop() for agent in (self._gateway, self._fanout, self._inbox) if agent is not None]
+        agents = [agent.stop() for agent in self._agents()]
         if self._publisher is not None:
             agents.append(self._publisher.close())
         await self._within(_AGENTS_STOP_S, "the agents stop", *agents)
@@ -247,33 +266,42 @@ def embedded(
     )
 
 
-def _check_port(host: str, port: int, nats_port: int) -> None:
-    """Fail before anything is started; the gateway finds the same out later, after much that is then stopped again."""
+def _url(host: str, port: int) -> str:
+    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def _check_port(what: str, host: str, port: int, option: str, others: Mapping[str, tuple[str, int]]) -> None:
+    """Fail before anything is started; the agents find the same out later, after much that is then stopped again.
+
+    `others` are the ports of whoever else listens here: who, its option and its port.
+    """
     try:
         found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
         raise StartFailed(
             f"no address is known for the host {host!r}: {error.strerror}. Choose another --host"
         ) from None
-    if port and port == nats_port and any(address[0] in _WHERE_NATS_IS for *_, address in found):
-        raise StartFailed(
-            f"the page and NATS cannot both have port {port}: give --port and --nats-port different numbers "
-            "(0 for any free one)"
-        )
+    for other, (its_option, its_port) in others.items():
+        if port and port == its_port and any(address[0] in _WHERE_NATS_IS for *_, address in found):
+            raise StartFailed(
+                f"the {what} and {other} cannot both have port {port}: give {option} and {its_option} different "
+                "numbers (0 for any free one)"
+            )
     for family, kind, protocol, _, address in found:
         with socket.socket(family, kind, protocol) as trial:
             trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 trial.bind(address)
             except OSError as error:
-                raise _cannot_listen(host, port, error) from None
+                raise _cannot_listen(what, host, port, option, error) from None
 
 
-def _cannot_listen(host: str, port: int, error: OSError) -> StartFailed:
+def _cannot_listen(what: str, host: str, port: int, option: str, error: OSError) -> StartFailed:
     if error.errno == errno.EADDRINUSE:
-        reason = "the port is in use: stop the program that has it, or choose another with --port (0 for any free one)"
+        reason = f"the port is in use: stop who has it, or choose another with {option} (0 for any free one)"
     elif error.errno == errno.EACCES:
-        reason = "this user may not listen on that port: choose one above 1023 with --port"
+        reason = f"this user may not listen on that port: choose one above 1023 with {option}"
     else:
         reason = f"{error.strerror}: choose an address of this machine with --host"
-    return StartFailed(f"the page cannot be served on {host}:{port}, {reason}")
+    return StartFailed(f"the {what} cannot be served on {host}:{port}, {reason}")

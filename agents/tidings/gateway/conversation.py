@@ -22,7 +22,7 @@ from tidings.wire.frames import (
 
 from .authenticator import Authenticator
 from .hub import Hub
-from .meter import GRACE_S
+from .meter import CONNECT_FRAMES, GRACE_S
 from .requests import Requests
 from .session import Session
 from .socket import Socket
@@ -157,4 +157,7 @@ def _cost(request: Request | Renewal) -> int:
         return 1 + len(request.positions or ()) // _LIKE_A_FRAME
     if isinstance(request, Subscribe | Unsubscribe):
         return 1 + len(request.topics) // _LIKE_A_FRAME
+    if isinstance(request, Renewal):
+        # A signature is checked, as for a connection.
+        return CONNECT_FRAMES
     return 1

@@ -9,7 +9,8 @@ from typing import Final
 from aiohttp import web
 
 from tidings.identity import Device
-from tidings.store.port import Holder
+from tidings.runtime.porch import Porch
+from tidings.store.port import ANONYMOUS, Holder
 from tidings.stream import consumers
 from tidings.wire import codes, frames
 from tidings.wire.codes import Close
@@ -34,7 +35,6 @@ from .handshake import refuse
 from .hub import Hub, new_id
 from .meter import CONNECT_FRAMES
 from .opening import Opener, Plan
-from .porch import Porch
 from .requests import Requests
 from .session import Session
 from .socket import Socket
@@ -128,7 +128,7 @@ class Door:
             return None
         hello = self._read_hello(frame)
         who = await self._identify(hello, request.headers.get("Authorization"))
-        device = who.device or hello.device or f"session-{new_id()}"
+        device = who.device or hello.device or f"{ANONYMOUS}{new_id()}"
         # Before it can put another connection of the device out, or anything on the user's account.
         self._check_revoked(who, device)
         self._count(socket, who.user)

@@ -156,6 +156,36 @@ class Settings:
     )
     fanout_ack_wait_s: float = _number(60, 1, 3600, "how long a topic message may take before another agent tries")
 
+    # The HTTP api agent
+    api_host: str = _text("127.0.0.1", "address that the HTTP api listens on")
+    api_port: int = _number(8081, 0, 65_535, "port of the HTTP api; 0 for any")
+    api_body_max_bytes: int = _number(1_048_576, 32_768, 67_108_864, "largest body of a request")
+    api_body_timeout_s: float = _number(10, 0.1, 300, "how long the body of a request may take to arrive")
+    api_write_timeout_s: float = _number(10, 0.1, 300, "how long a client may take to read its answer")
+    api_publish_timeout_s: float = _number(5, 0.1, 60, "how long a publish over HTTP may wait for the log")
+    api_concurrency: int = _number(256, 1, 100_000, "most requests under way in one api agent; more get 503")
+    api_concurrency_per_credential: int = _number(64, 1, 100_000, "most requests under way of one user or service")
+    api_in_flight: int = _number(10_000, 1000, 1_000_000, "most unconfirmed notifications of one api agent")
+    api_requests_per_minute: int = _number(60_000, 1, 100_000_000, "requests of one service at one api agent")
+    api_user_requests_per_minute: int = _number(
+        1200, 1, 100_000_000, "requests about one user, by the user or by one service, at one api agent"
+    )
+    api_notifications_per_minute: int = _number(
+        600_000, 1000, 1_000_000_000, "notifications that one service publishes at one api agent"
+    )
+
+    # Event schemas
+    schema_dir: str = _text("", "folder with schemas of your own event types, <type>.json each; empty for none")
+    schema_check: str = _text(
+        "always",
+        "which notifications inbox and fan-out agents hold against their type's schema",
+        choices=("always", "sampled", "off"),
+    )
+    schema_sample: float = _number(0.01, 0, 1, "share of the notifications that are checked where schema_check=sampled")
+    schema_unknown: str = _text(
+        "allow", "what becomes of a notification whose type has no schema", choices=("allow", "refuse")
+    )
+
     # All
     log_level: str = _text("info", "how much is logged", choices=("debug", "info", "warning", "error"))
     request_timeout_s: float = _number(5, 0.1, 60, "how long an answer of JetStream may take")
