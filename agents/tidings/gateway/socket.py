@@ -92,16 +92,15 @@ class _Reader(WebSocketReader):
     def feed_data(self, data: bytes | bytearray | memoryview) -> tuple[bool, bytes]:
         if self._done:
             return False, b""
-        if not data:
-            # aiohttp goes on with what it put aside.
-            return super().feed_data(data)
         if self._waiting:
+            # Nothing, where aiohttp goes on with what it put aside.
             self._waiting += data
             return False, b""
-        if self.meter.bytes(self._now(), len(data)) > 0:
+        size = len(data)
+        if size and self.meter.bytes(self._now(), size) > 0:
             self._refuse()
             return False, b""
-        return self._take(bytes(data))
+        return self._take(data) if size > _GULP else self._read(data)
 
     def feed_eof(self) -> None:
         while self._waiting and not self._done:
@@ -110,17 +109,23 @@ class _Reader(WebSocketReader):
         self._done = True
         super().feed_eof()
 
-    def _take(self, data: bytes) -> tuple[bool, bytes]:
-        frames, whole = self._frames, self._frames.whole
+    def _take(self, data: bytes | bytearray | memoryview) -> tuple[bool, bytes]:
+        """A little of it now, and the rest in the next turns of the loop."""
         if len(data) > _GULP:
-            data, self._waiting = data[:_GULP], data[_GULP:]
+            self._waiting = bytes(data[_GULP:])
             self._set_reading(False)
             asyncio.get_running_loop().call_soon(self._go_on)
-        answer = super().feed_data(data)
-        count = frames.signals + (whole == frames.whole)
-        frames.signals = 0
-        if count and self.meter.frames(self._now(), count) > GRACE_S:
-            self._refuse()
+        return self._read(data[:_GULP])
+
+    def _read(self, data: bytes | bytearray | memoryview) -> tuple[bool, bytes]:
+        frames = self._frames
+        whole = frames.whole
+        answer = WebSocketReader.feed_data(self, data)
+        if frames.signals or (data and whole == frames.whole):
+            count = frames.signals + (whole == frames.whole)
+            frames.signals = 0
+            if self.meter.frames(self._now(), count) > GRACE_S:
+                self._refuse()
         return answer
 
     def _go_on(self) -> None:
