@@ -118,6 +118,7 @@ def _hostile(kind: str, who: str) -> Iterable[Figure]:
     yield Figure(f"{kind}_ratio", "The p99 with them by the p99 without", "times", 2)
     yield Figure(f"{kind}_without_gateway_percent", "Nobody hostile: CPU of the gateway", "% of a core")
     yield Figure(f"{kind}_gateway_percent", f"Beside those {who}: CPU of the gateway", "% of a core")
+    yield Figure(f"{kind}_others_percent", "What others had of the servers' core meanwhile", "% of a core")
     yield Figure(f"{kind}_connections", "Connections that they made", "")
 
 

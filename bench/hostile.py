@@ -50,12 +50,16 @@ class HostileRepeat(Repeat):
         await self._publish(plan.rate, plan.warm_up_s, users)
         span = Span(self._mesh)
         report, got = await self._publish(plan.rate, plan.seconds, users)
-        used, _ = span.end()
+        used, others = span.end()
         for figure in ("p50_ms", "p99_ms", "max_ms"):
             self.figures[f"{name}_{figure}"] = got[figure]
         seconds = report["seconds"] + TAIL_S
         self.figures[f"{name}_gateway_percent"] = 100 * used["gateway"] / seconds
-        self._say(f"{name}: p50 {got['p50_ms']:.1f} ms, p99 {got['p99_ms']:.1f} ms, {got['dropped']} dropped")
+        self.figures[f"{name}_others_percent"] = others
+        self._say(
+            f"{name}: p50 {got['p50_ms']:.1f} ms, p99 {got['p99_ms']:.1f} ms, {got['dropped']} dropped; "
+            f"of the core the gateway had {self.figures[f'{name}_gateway_percent']:.0f} %, others {others:.0f} %"
+        )
         return max(1e-3, float(got["p99_ms"]))
 
 

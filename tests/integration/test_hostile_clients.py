@@ -15,9 +15,8 @@ from support.clock import PATIENCE_S, until
 from support.device import Device
 from support.mesh import KEY, Mesh
 from support.rawclient import PING, PONG, TEXT, UPGRADE, RawClient, frame
+from tidings.gateway import keeper
 from tidings.gateway.agent import Gateway
-from tidings.gateway.keeper import Keeper
-from tidings.gateway.opening import Opener
 from tidings.identity import issue
 from tidings.runtime.settings import Settings
 
@@ -238,8 +237,19 @@ async def test_devices_of_a_user(start: Start) -> None:
         await one.close()
 
 
-async def test_memory_has_an_end(start: Start, mesh: Mesh) -> None:
+async def test_no_memory_from_the_start(start: Start) -> None:
+    """What the kernel says of the process is what counts: with a limit below it nobody is let in."""
+    gateway = await start(memory_max_bytes=1_000_000)
+    async with RawClient(gateway.port) as client:
+        assert (await client.hello(issue(KEY, "alice")))["code"] == "overloaded"
+        assert await client.ended() == 4503
+
+
+async def test_memory_has_an_end(start: Start, mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
     """With more memory in use than may be, new sessions are refused, known ones go on, and who does not read goes."""
+    used = [1000]
+    monkeypatch.setattr(keeper, "resident_bytes", lambda: used[-1])
+    monkeypatch.setattr(keeper, "_LOOK_S", 0.05)
     gateway = await start(write_buffer_bytes=16_777_216, linger_s=30, window=256, client_bytes_per_s=10**6)
     alice, slow = device(gateway, "alice"), device(gateway, "slow", auto_ack=False)
     await alice.connect()
@@ -251,8 +261,7 @@ async def test_memory_has_an_end(start: Start, mesh: Mesh) -> None:
         # What fits into the kernel's buffers is no memory of ours: redeliveries fill them.
         session.resend()
         await asyncio.sleep(0.01)
-    object.__setattr__(gateway.hub.settings, "memory_max_bytes", 1)
-    gateway.spawn(Keeper(gateway.hub, Opener(gateway.hub)).watch_memory())
+    used.append(2**50)
     await until(lambda: session.socket is None, "who does not read is closed")
     slow.resume()
     assert await slow.closed() == 4410
@@ -262,6 +271,9 @@ async def test_memory_has_an_end(start: Start, mesh: Mesh) -> None:
     await alice.expect(*await mesh.publish("alice"))
     await alice.cut()
     assert (await alice.connect())["t"] == "welcome"
+    used.append(1000)
+    await until(lambda: not gateway.hub.overloaded, "there is memory again")
+    assert (await late.connect())["t"] == "welcome"
     for one in (alice, slow, late):
         await one.close()
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from base64 import b64decode
 from collections import deque
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -27,7 +26,7 @@ from tidings.runtime.service import Service
 from tidings.runtime.settings import Settings
 from tidings.schema import reader
 from tidings.store.port import Store, SubscriberPage
-from tidings.stream import consumers, topology
+from tidings.stream import consumers, once, topology
 from tidings.stream.connection import Connection, connect
 from tidings.stream.consumers import Delivery
 from tidings.stream.topology import DECISIONS, FANOUT, TOPICS
@@ -245,14 +244,11 @@ class FanoutAgent(Service):
         backoff = Backoff(0.1, 5.0)
         while True:
             try:
-                answer = await self._connection.store(subject.DECIDED, plane.encode(), {"Nats-Msg-Id": id})
-                if not answer.get("duplicate"):
-                    return plane
-                found = await self._connection.api(f"STREAM.MSG.GET.{DECISIONS}", {"seq": answer["seq"]})
+                held = await once.first(self._connection, DECISIONS, subject.DECIDED, id, plane.encode())
             except StreamUnavailable as error:
                 await self._wait(backoff, f"a decision waits: {error}")
             else:
-                return "broadcast" if b64decode(found["message"]["data"]) == b"broadcast" else "copies"
+                return "broadcast" if held == b"broadcast" else "copies"
 
     async def _broadcast(self, message: _Message, topic: str, body: bytes) -> None:
         """Have the log store the one message, however often it takes."""

@@ -9,6 +9,7 @@ from typing import Final
 from aiohttp import web
 
 from tidings.identity import Device
+from tidings.runtime.porch import Porch
 from tidings.store.port import ANONYMOUS, Holder
 from tidings.stream import consumers
 from tidings.wire import codes, frames
@@ -34,7 +35,6 @@ from .handshake import refuse
 from .hub import Hub, new_id
 from .meter import CONNECT_FRAMES
 from .opening import Opener, Plan
-from .porch import Porch
 from .requests import Requests
 from .session import Session
 from .socket import Socket

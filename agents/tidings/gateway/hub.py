@@ -20,8 +20,9 @@ from tidings.identity import Device
 from tidings.runtime.settings import Settings
 from tidings.store.inbox import UserInbox
 from tidings.store.port import CursorUpdate, Holder, Store
-from tidings.stream import consumers
+from tidings.stream import consumers, gateways
 from tidings.stream.connection import Connection
+from tidings.stream.floors import Floors
 from tidings.stream.topology import BROADCAST_PART, Topology, notify_stream
 from tidings.wire import codes, frames, subject
 from tidings.wire.codes import Close
@@ -31,7 +32,6 @@ from tidings.wire.position import BROADCAST, Position, plane_of
 from .deletions import Deletions
 from .expiry import Expiries
 from .feed import Feed
-from .floors import Floors
 from .follows import Follows
 from .meter import Limits, Meters
 from .recent import RecentIds
@@ -422,9 +422,7 @@ class Hub:
         """Send frames to all live sessions of a user, here and on the other gateways that hold one."""
         self.tell_here(user, told, but=but)
         elsewhere = {holder.gateway for holder in await self.store.holders(user)} - {self.gateway}
-        message = orjson.dumps({"user": user, "frames": [frame.decode() for frame in told]})
-        for gateway in elsewhere:
-            self.connection.send(subject.gateway_user(gateway), message)
+        gateways.tell(self.connection, elsewhere, user, told)
 
     def tell_here(self, user: str, told: list[bytes], *, but: Session | None = None) -> None:
         for session in self.live(user):

@@ -8,7 +8,7 @@ A meter belongs to a user and not to a connection, which costs nothing to make a
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from typing import Final
 
 __all__ = ["CONNECT_FRAMES", "GRACE_S", "Limits", "Meter", "Meters"]
 
@@ -21,13 +21,16 @@ _MOST_OWED_S: Final = 30.0
 _FEW: Final = 256
 
 
-class Limits(NamedTuple):
-    """Of one user's devices on one gateway."""
+class Limits:
+    """Of one user's devices on one gateway: so many a second in the long run, and so many at once."""
 
-    frames_per_s: float
-    frames_burst: int
-    bytes_per_s: float
-    bytes_burst: int
+    __slots__ = ("burst_of_bytes_s", "burst_of_frames_s", "byte_s", "frame_s")
+
+    def __init__(self, frames_per_s: float, frames_burst: int, bytes_per_s: float, bytes_burst: int) -> None:
+        self.frame_s = 1 / frames_per_s
+        self.burst_of_frames_s = frames_burst / frames_per_s
+        self.byte_s = 1 / bytes_per_s
+        self.burst_of_bytes_s = bytes_burst / bytes_per_s
 
 
 class Meter:
@@ -41,25 +44,27 @@ class Meter:
 
     def frames(self, now: float, count: float = 1) -> float:
         """Frames were sent; returns by how many seconds they are too early, which is at most 0 within the burst."""
-        rate, burst, _, _ = self._limits
-        most = now + burst / rate
-        paid = self._frames_paid
-        self._frames_paid = paid = min((paid if paid > now else now) + count / rate, most + _MOST_OWED_S)
-        return paid - most
+        limits, paid = self._limits, self._frames_paid
+        owed = (paid if paid > now else now) + count * limits.frame_s - now - limits.burst_of_frames_s
+        if owed > _MOST_OWED_S:
+            owed = _MOST_OWED_S
+        self._frames_paid = now + limits.burst_of_frames_s + owed
+        return owed
 
     def bytes(self, now: float, size: int) -> float:
         """The same of bytes."""
-        _, _, rate, burst = self._limits
-        most = now + burst / rate
-        paid = self._bytes_paid
-        self._bytes_paid = paid = min((paid if paid > now else now) + size / rate, most + _MOST_OWED_S)
-        return paid - most
+        limits, paid = self._limits, self._bytes_paid
+        owed = (paid if paid > now else now) + size * limits.byte_s - now - limits.burst_of_bytes_s
+        if owed > _MOST_OWED_S:
+            owed = _MOST_OWED_S
+        self._bytes_paid = now + limits.burst_of_bytes_s + owed
+        return owed
 
     def owed_s(self, now: float) -> float:
         """How long to wait until something more may be sent."""
-        frames_rate, frames_burst, bytes_rate, bytes_burst = self._limits
-        frames = self._frames_paid - now - frames_burst / frames_rate
-        return max(0.0, frames, self._bytes_paid - now - bytes_burst / bytes_rate)
+        limits = self._limits
+        frames = self._frames_paid - now - limits.burst_of_frames_s
+        return max(0.0, frames, self._bytes_paid - now - limits.burst_of_bytes_s)
 
     def is_unused(self, now: float) -> bool:
         """Nothing is remembered that a new meter would not have."""

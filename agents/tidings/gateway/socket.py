@@ -92,16 +92,15 @@ class _Reader(WebSocketReader):
     def feed_data(self, data: bytes | bytearray | memoryview) -> tuple[bool, bytes]:
         if self._done:
             return False, b""
-        if not data:
-            # aiohttp goes on with what it put aside.
-            return super().feed_data(data)
         if self._waiting:
+            # Nothing, where aiohttp goes on with what it put aside.
             self._waiting += data
             return False, b""
-        if self.meter.bytes(self._now(), len(data)) > 0:
+        size = len(data)
+        if size and self.meter.bytes(self._now(), size) > 0:
             self._refuse()
             return False, b""
-        return self._take(bytes(data))
+        return self._take(data) if size > _GULP else self._read(data)
 
     def feed_eof(self) -> None:
         while self._waiting and not self._done:
@@ -110,17 +109,23 @@ class _Reader(WebSocketReader):
         self._done = True
         super().feed_eof()
 
-    def _take(self, data: bytes) -> tuple[bool, bytes]:
-        frames, whole = self._frames, self._frames.whole
+    def _take(self, data: bytes | bytearray | memoryview) -> tuple[bool, bytes]:
+        """A little of it now, and the rest in the next turns of the loop."""
         if len(data) > _GULP:
-            data, self._waiting = data[:_GULP], data[_GULP:]
+            self._waiting = bytes(data[_GULP:])
             self._set_reading(False)
             asyncio.get_running_loop().call_soon(self._go_on)
-        answer = super().feed_data(data)
-        count = frames.signals + (whole == frames.whole)
-        frames.signals = 0
-        if count and self.meter.frames(self._now(), count) > GRACE_S:
-            self._refuse()
+        return self._read(data[:_GULP])
+
+    def _read(self, data: bytes | bytearray | memoryview) -> tuple[bool, bytes]:
+        frames = self._frames
+        whole = frames.whole
+        answer = WebSocketReader.feed_data(self, data)
+        if frames.signals or (data and whole == frames.whole):
+            count = frames.signals + (whole == frames.whole)
+            frames.signals = 0
+            if self.meter.frames(self._now(), count) > GRACE_S:
+                self._refuse()
         return answer
 
     def _go_on(self) -> None:
@@ -205,6 +210,7 @@ class Socket:
         "_over",
         "_reading",
         "_response",
+        "_secured",
         "_transport",
         "heard",
         "may_return",
@@ -222,6 +228,7 @@ class Socket:
         )
         self._response.limits = limits
         self._limit = write_buffer_bytes
+        self._secured = False
         self._transport: asyncio.WriteTransport | None = None
         self._drain: AbstractStreamWriter | None = None
         self._closing = False
@@ -244,6 +251,11 @@ class Socket:
         transport: Any = request.transport
         if transport is None:
             raise ConnectionResetError("the client left during the handshake")
+        if transport.get_extra_info("ssl_object") is not None:
+            # Below TLS is a second buffer, which takes over what waits above it and is not counted.
+            self._limit //= 2
+            self._secured = True
+            transport.set_read_buffer_limits(high=_QUEUE_BYTES)
         transport.set_write_buffer_limits(high=self._limit)
         self._transport = transport
         return self._response
@@ -394,7 +406,7 @@ class Socket:
         """Wait until a dismissal is through. A handler that returned before would close with a reason of its own."""
         if self._ending is not None:
             await asyncio.shield(self._ending)
-        elif self._transport is not None and self._transport.get_write_buffer_size():
+        elif self._transport is not None and (self._secured or self._transport.get_write_buffer_size()):
             # It waits for a client that has said goodbye to read the rest, and may do so for ever.
             asyncio.get_running_loop().call_later(_CLOSE_WAIT_S, self._transport.abort)
 

@@ -10,7 +10,7 @@ from tidings.wire.errors import (
     StreamUnavailable,
 )
 
-from .attempt import Event, Receipt
+from .attempt import Event, Ready, Receipt
 from .publisher import Publisher
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "PublishRefused",
     "PublishUnconfirmed",
     "Publisher",
+    "Ready",
     "Receipt",
     "SchemaViolation",
     "Schemas",

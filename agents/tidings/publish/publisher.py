@@ -35,7 +35,7 @@ from tidings.wire import subject
 from tidings.wire.errors import PublishRefused, PublishUnconfirmed, StreamUnavailable, TidingsError
 from tidings.wire.notification import build, check
 
-from .attempt import Attempt, Event, Receipt, Verdict, read_answer
+from .attempt import Attempt, Event, Ready, Receipt, Verdict, read_answer
 
 __all__ = ["Publisher"]
 
@@ -167,19 +167,27 @@ class Publisher:
         Returns when the log has all copies. When some were not confirmed it raises the first one's error, with all
         others settled: repeated, it adds nothing to those that are there.
         """
-        attempts = [self._begin(subject.notify_user(user), id, body) for user in users]
-        problem: TidingsError | None = None
+        for outcome in await self.publish_ready([Ready(subject.notify_user(user), id, body) for user in users]):
+            if isinstance(outcome, TidingsError):
+                raise outcome
+
+    async def publish_ready(self, messages: Sequence[Ready]) -> list[Receipt | TidingsError]:
+        """Publish messages that are ready, all at once; returns what became of each, in their order.
+
+        An error is one that `publish` raises for it. The caller bounds how many are under way.
+        """
+        attempts = [self._begin(*message) for message in messages]
+        outcomes: list[Receipt | TidingsError] = []
         try:
             for attempt in attempts:
                 try:
-                    await self._confirmed(attempt)
+                    outcomes.append(await self._confirmed(attempt))
                 except TidingsError as error:
-                    problem = problem or error
+                    outcomes.append(error)
         finally:
             for attempt in attempts:
                 self._waiting.pop(attempt.key, None)
-        if problem is not None:
-            raise problem
+        return outcomes
 
     async def publish_many(
         self,

@@ -86,9 +86,13 @@ class BadFrame(TidingsError):
 
 
 class InvalidNotification(TidingsError):
-    """A body that is no CloudEvents 1.0 event as Tidings carries it."""
+    """A body that is no CloudEvents 1.0 event as Tidings carries it; `pointer` (RFC 6901) is where."""
 
     code = "invalid_notification"
+
+    def __init__(self, message: str, pointer: str = "") -> None:
+        super().__init__(message)
+        self.pointer = pointer
 
 
 class SchemaViolation(InvalidNotification):

@@ -58,11 +58,13 @@ def read(body: bytes) -> tuple[Envelope, dict[str, Any]]:
     if type(event) is not dict:
         raise InvalidNotification("the body is not a JSON object")
     if event.get("specversion") != "1.0":
-        raise InvalidNotification('`specversion` must be "1.0": send a CloudEvents 1.0 event in structured JSON mode')
+        raise InvalidNotification(
+            '`specversion` must be "1.0": send a CloudEvents 1.0 event in structured JSON mode', "/specversion"
+        )
     for name in _REQUIRED:
         value = event.get(name)
         if type(value) is not str or not 0 < len(value) <= MAX_NAME:
-            raise InvalidNotification(f"`{name}` must be a string of 1 to {MAX_NAME} characters")
+            raise InvalidNotification(f"`{name}` must be a string of 1 to {MAX_NAME} characters", f"/{name}")
     # Most events hold nothing but the required attributes, `time` and `data`.
     for name in event.keys() - _CHECKED:
         if name in _KNOWN:
@@ -79,25 +81,29 @@ def _check_optional(name: str, value: Any) -> None:
         except ValueError:
             moment = None
         if moment is None or moment.tzinfo is None:
-            raise InvalidNotification(f"`{name}` must be an RFC 3339 time with its zone, such as 2026-01-31T12:00:00Z")
+            raise InvalidNotification(
+                f"`{name}` must be an RFC 3339 time with its zone, such as 2026-01-31T12:00:00Z", f"/{name}"
+            )
     elif name == "priority":
         if value not in PRIORITIES:
-            raise InvalidNotification(f"`priority` must be one of {', '.join(PRIORITIES)}")
+            raise InvalidNotification(f"`priority` must be one of {', '.join(PRIORITIES)}", "/priority")
     elif type(value) is not str or not value:
-        raise InvalidNotification(f"`{name}` must be a string that is not empty")
+        raise InvalidNotification(f"`{name}` must be a string that is not empty", f"/{name}")
 
 
 def _check_extension(name: str, value: Any) -> None:
     if name == "data_base64":
         if type(value) is not str:
-            raise InvalidNotification("`data_base64` must be a string")
+            raise InvalidNotification("`data_base64` must be a string", "/data_base64")
     elif not _EXTENSION.fullmatch(name):
         raise InvalidNotification(
-            f"{name[:80]!r} is no attribute name: CloudEvents allows a to z and 0 to 9; payload belongs under `data`"
+            f"{name[:80]!r} is no attribute name: CloudEvents allows a to z and 0 to 9; payload belongs under `data`",
+            f"/{name.replace('~', '~0').replace('/', '~1')}",
         )
     elif value is not None and type(value) not in (str, int, bool):
         raise InvalidNotification(
-            f"extension attribute `{name}` must be a string, integer or boolean; payload belongs under `data`"
+            f"extension attribute `{name}` must be a string, integer or boolean; payload belongs under `data`",
+            f"/{name}",
         )
 
 

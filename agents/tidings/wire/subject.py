@@ -19,6 +19,7 @@ from .topic import check_topic
 
 __all__ = [
     "BROADCAST_WILDCARD",
+    "CLAIMED",
     "DEAD_WILDCARD",
     "DECIDED",
     "INBOX_FLOOR",
@@ -62,6 +63,8 @@ TOPICS_WILDCARD: Final = "notify.topic.>"
 BROADCAST_WILDCARD: Final = "broadcast.>"
 DECIDED: Final = "decided"
 """Where fan-out agents note how a message goes out."""
+CLAIMED: Final = "claimed"
+"""Where api agents note which body an idempotency key came with."""
 DEAD_WILDCARD: Final = "dead.>"
 INBOX_FLOOR: Final = "inbox.floor"
 REVOKED_WILDCARD: Final = "revoked.>"
