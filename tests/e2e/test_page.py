@@ -21,6 +21,7 @@ from support.command import answer
 from support.dev import Dev, dev, in_inbox
 from tidings.dev.state import read_key
 from tidings.identity import issue
+from tidings.publish import Publisher
 
 
 @pytest.fixture
@@ -102,6 +103,42 @@ async def test_publish_see_read(mesh: Dev) -> None:
         await expect(phone.items).to_have_count(0)
         await bob.has_unread("0")
         await expect(bob.items).to_have_count(0)
+
+
+MARKUP = '<img src=x onerror="ran=1"><script>ran=1</script>'
+
+
+async def test_markup_is_text(mesh: Dev) -> None:
+    """Markup in each name and value is shown as text; nothing of it runs, even without the policy of the page."""
+    async with open_page(mesh.url, bypass_csp=True) as page:
+        phone, _, bob = await cards(page)
+        for name in ("user-input", "device-input"):
+            await phone.part(name).fill(MARKUP)
+            await phone.part(name).press("Enter")
+        await phone.is_online()
+        await phone.follow(MARKUP)
+        await phone.follows(MARKUP)
+        await bob.follow("<b>*.*</b>.*")
+        await expect(bob.part("topic-error")).to_be_visible()
+        await phone.part("log").locator("summary").click()
+        await page.get_by_test_id("pub-user").fill(MARKUP)
+        await page.get_by_test_id("pub-type").fill(MARKUP)
+        await publish(page, MARKUP, MARKUP)
+        await expect(phone.items).to_have_count(1)
+        await expect(page.get_by_test_id("pub-result")).to_contain_text("<img src=x")
+        await publish_topic(page, MARKUP, f"to {MARKUP}")
+        async with Publisher(mesh.nats, source=MARKUP) as publisher:
+            await publisher.publish(MARKUP, MARKUP, {MARKUP: [MARKUP]}, id="nested", collapsekey=MARKUP)
+            await publisher.publish(MARKUP, MARKUP, MARKUP, id="plain")
+        await expect(phone.items).to_have_count(4)
+        for item in await phone.items.all():
+            await expect(item.locator(".type")).to_have_text(MARKUP)
+            await expect(item.locator(".words")).to_contain_text("<script>ran=1</script>")
+        await expect(phone.items.locator(".topic:visible")).to_have_text(MARKUP)
+        assert MARKUP in await phone.ids()
+        await expect(phone.part("log")).to_contain_text("<img src=x")
+        assert await page.evaluate("typeof ran") == "undefined"
+        assert await page.locator("[onerror], script:not([src])").count() == 0
 
 
 async def test_offline_and_catch_up(mesh: Dev) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Final
 import aiohttp
 
 from tidings.runtime.backoff import Backoff
+from tidings.runtime.tls import ClientTls
 from tidings.wire import codes
 from tidings.wire.errors import ConnectionLost
 from tidings.wire.position import plane_of
@@ -44,9 +45,11 @@ class Connection:
         backoff: Backoff,
         deliveries: Deliveries,
         callbacks: Callbacks,
+        tls: ClientTls | None = None,
     ) -> None:
         self._url = url
         self._token = token
+        self._tls = tls
         self._hello = hello
         self._tells_since = deliveries.progress.reached is not None
         self._backoff = backoff
@@ -108,7 +111,7 @@ class Connection:
                 hello = await self._make_hello()
                 if self._stopped:
                     return ending
-                link = await Link.open(http, self._url)
+                link = await Link.open(http, self._url, None if self._tls is None else self._tls.context())
                 await link.send(hello)
                 while (frame := await link.receive()) is not None:
                     if frame.get("t") == "welcome":

@@ -10,24 +10,25 @@ another gateway, and its consumers end by themselves after `consumer_idle_s`.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from typing import Final
 
-import orjson
 from aiohttp import web
 
 from tidings.identity import Verifier
 from tidings.identity.entitlement import TopicEntitlement
+from tidings.runtime.listening import listen
+from tidings.runtime.porch import Porch, Runner
 from tidings.runtime.service import Service
 from tidings.runtime.settings import Settings
+from tidings.runtime.tls import server_tls
 from tidings.store.guard import GuardedStore
 from tidings.store.port import Store
-from tidings.stream import consumers, topology
-from tidings.stream.connection import ApiError, Connection, connect
+from tidings.stream import gateways, topology
+from tidings.stream.connection import Connection, connect
 from tidings.stream.topology import BROADCAST_PART
 from tidings.wire import codes, subject
-from tidings.wire.errors import StartFailed, TidingsError
+from tidings.wire.errors import TidingsError
 
 from .authenticator import Authenticator
 from .door import Door
@@ -35,7 +36,6 @@ from .hub import Hub
 from .keeper import Keeper
 from .leaving import Leaving
 from .opening import Opener, give_up
-from .porch import Porch, Runner
 from .requests import Requests
 
 __all__ = ["Gateway"]
@@ -91,7 +91,7 @@ class Gateway(Service):
         self._authenticator = authenticator = Authenticator(hub, self._verifier)
         # Before anybody is let in: a gateway that does not know what was revoked is none.
         await authenticator.revocations.open()
-        await self._read_floors(hub)
+        await hub.floors.read(connection)
         await connection.listen(subject.INBOX_FLOOR, self._heard_floors)
         await connection.listen(subject.gateway_wildcard(hub.gateway), self._receive)
         await connection.confirm()
@@ -115,17 +115,8 @@ class Gateway(Service):
             self.spawn(loop())
         connection.gulp_s = _GULP_S
         await self._listen()
-        self.log.info("gateway %s listens on %s:%d", hub.gateway, self._settings.host, self.port)
-
-    async def _read_floors(self, hub: Hub) -> None:
-        async def read(partition: int) -> None:
-            try:
-                hub.floors.raise_to(partition, await consumers.inbox_floor(hub.connection, partition))
-            except ApiError as error:
-                # Without inbox agents nothing is in the store: 0 is the floor.
-                self.log.warning("partition %d has no inbox floor: %s", partition, error)
-
-        await asyncio.gather(*map(read, (*range(hub.topology.partitions), BROADCAST_PART)))
+        secured = " with TLS" if self._settings.tls_certificate else ""
+        self.log.info("gateway %s listens on %s:%d%s", hub.gateway, self._settings.host, self.port, secured)
 
     async def _listen(self) -> None:
         assert self._porch is not None
@@ -147,23 +138,13 @@ class Gateway(Service):
             # A body that nobody asked for is not waited for.
             lingering_time=1.0,
         )
-        await self._runner.setup()
-        host, port = self._settings.host, self._settings.port
-        site = web.TCPSite(self._runner, host, port, backlog=4096)
-        try:
-            # Cancelled half-way, asyncio would leave a socket that listens and that nobody has.
-            listening = asyncio.ensure_future(site.start())
-            try:
-                await asyncio.shield(listening)
-            except asyncio.CancelledError:
-                await asyncio.wait([listening])
-                raise
-        except OSError as error:
-            raise StartFailed(
-                f"the gateway cannot listen on {host}:{port}: {error.strerror or error}. Is something else running "
-                "there? Choose another with --port or TIDINGS_PORT"
-            ) from None
-        self.port = self._runner.addresses[0][1]
+        settings = self._settings
+        tls = server_tls(settings)
+        if tls is not None:
+            self.spawn(tls.watch())
+        self.port = await listen(
+            self._runner, "gateway", settings.host, settings.port, backlog=4096, tls=tls, variable="TIDINGS_PORT"
+        )
 
     # From NATS
 
@@ -183,8 +164,7 @@ class Gateway(Service):
         elif where.endswith(b".topics"):
             hub.follows.asked(body.decode(), reply.decode())
         elif where.endswith(b".user"):
-            told = orjson.loads(body)
-            hub.tell_here(told["user"], [frame.encode() for frame in told["frames"]])
+            hub.tell_here(*gateways.told(body))
         else:
             hub.on_pull_reply(where, reply, header, body)
 
@@ -226,7 +206,7 @@ class Gateway(Service):
             self.log.warning("the streams are new ones, or were restored: every session starts again")
             sessions = list(hub.by_id.values())
             hub.change_topology(found)
-            await self._read_floors(hub)
+            await hub.floors.read(hub.connection)
             hub.feed.anew()
             for session in sessions:
                 hub.close_socket(session, codes.RESTART, hub.bye(2000))

@@ -9,6 +9,7 @@ from typing import Final
 from aiohttp import web
 
 from tidings.identity import Device
+from tidings.runtime.porch import Porch
 from tidings.store.port import ANONYMOUS, Holder
 from tidings.stream import consumers
 from tidings.wire import codes, frames
@@ -34,7 +35,6 @@ from .handshake import refuse
 from .hub import Hub, new_id
 from .meter import CONNECT_FRAMES
 from .opening import Opener, Plan
-from .porch import Porch
 from .requests import Requests
 from .session import Session
 from .socket import Socket
@@ -128,12 +128,12 @@ class Door:
             return None
         hello = self._read_hello(frame)
         who = await self._identify(hello, request.headers.get("Authorization"))
-        self._count(socket, who.user)
         device = who.device or hello.device or f"{ANONYMOUS}{new_id()}"
+        # Before it can put another connection of the device out, or anything on the user's account.
+        self._check_revoked(who, device)
+        self._count(socket, who.user)
         if hello.device is not None and hello.device != device:
             raise _Refused(codes.NOT_ALLOWED, "the token is for another device than the hello names")
-        # Before it can put another connection of the device out.
-        self._check_revoked(who, device)
         window = min(hello.window or settings.window, settings.window_max)
         return await self._join(socket, who, device, window, _since(hello))
 

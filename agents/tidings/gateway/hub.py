@@ -20,18 +20,18 @@ from tidings.identity import Device
 from tidings.runtime.settings import Settings
 from tidings.store.inbox import UserInbox
 from tidings.store.port import CursorUpdate, Holder, Store
-from tidings.stream import consumers
+from tidings.stream import consumers, gateways
 from tidings.stream.connection import Connection
-from tidings.stream.topology import BROADCAST_PART, Topology
+from tidings.stream.floors import Floors
+from tidings.stream.topology import BROADCAST_PART, Topology, notify_stream
 from tidings.wire import codes, frames, subject
 from tidings.wire.codes import Close
 from tidings.wire.errors import StreamUnavailable
-from tidings.wire.position import Position
+from tidings.wire.position import BROADCAST, Position, plane_of
 
 from .deletions import Deletions
 from .expiry import Expiries
 from .feed import Feed
-from .floors import Floors
 from .follows import Follows
 from .meter import Limits, Meters
 from .recent import RecentIds
@@ -291,10 +291,15 @@ class Hub:
             self.spawn_for(session, self._bury(session, text, entry))
 
     async def _bury(self, session: Session, text: str, entry: Entry) -> None:
+        if plane_of(text) == BROADCAST:
+            plane, origin = "broadcast", {"stream": notify_stream(BROADCAST_PART)}
+        else:
+            where = subject.part_user(session.token, session.partition)
+            plane, origin = "user", {"origin_subject": where, "stream": session.stream}
         try:
             await consumers.bury(
                 self.connection,
-                "user",
+                plane,
                 entry.body,
                 key=f"undelivered.{text}.{session.token}.{subject.escape(session.device, 'device id')}",
                 reason="undelivered",
@@ -302,7 +307,9 @@ class Hub:
                 user=subject.escape(session.user),
                 device=subject.escape(session.device, "device id"),
                 position=text,
+                sequence=entry.position.sequence,
                 attempts=entry.attempts,
+                **origin,
             )
         except StreamUnavailable as error:
             # It stays under way; the next redelivery tries again.
@@ -415,9 +422,7 @@ class Hub:
         """Send frames to all live sessions of a user, here and on the other gateways that hold one."""
         self.tell_here(user, told, but=but)
         elsewhere = {holder.gateway for holder in await self.store.holders(user)} - {self.gateway}
-        message = orjson.dumps({"user": user, "frames": [frame.decode() for frame in told]})
-        for gateway in elsewhere:
-            self.connection.send(subject.gateway_user(gateway), message)
+        gateways.tell(self.connection, elsewhere, user, told)
 
     def tell_here(self, user: str, told: list[bytes], *, but: Session | None = None) -> None:
         for session in self.live(user):

@@ -357,6 +357,7 @@ class Session:
             return
         entry = self.window.ack(text)
         if entry is not None:
+            self.hub.recent.forget(self.id, check(entry.body).id)
             self._settled(entry, b"+TERM")
             self.hub.cursor_moved(self)
 

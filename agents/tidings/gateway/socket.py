@@ -210,6 +210,7 @@ class Socket:
         "_over",
         "_reading",
         "_response",
+        "_secured",
         "_transport",
         "heard",
         "may_return",
@@ -227,6 +228,7 @@ class Socket:
         )
         self._response.limits = limits
         self._limit = write_buffer_bytes
+        self._secured = False
         self._transport: asyncio.WriteTransport | None = None
         self._drain: AbstractStreamWriter | None = None
         self._closing = False
@@ -249,6 +251,11 @@ class Socket:
         transport: Any = request.transport
         if transport is None:
             raise ConnectionResetError("the client left during the handshake")
+        if transport.get_extra_info("ssl_object") is not None:
+            # Below TLS is a second buffer, which takes over what waits above it and is not counted.
+            self._limit //= 2
+            self._secured = True
+            transport.set_read_buffer_limits(high=_QUEUE_BYTES)
         transport.set_write_buffer_limits(high=self._limit)
         self._transport = transport
         return self._response
@@ -399,7 +406,7 @@ class Socket:
         """Wait until a dismissal is through. A handler that returned before would close with a reason of its own."""
         if self._ending is not None:
             await asyncio.shield(self._ending)
-        elif self._transport is not None and self._transport.get_write_buffer_size():
+        elif self._transport is not None and (self._secured or self._transport.get_write_buffer_size()):
             # It waits for a client that has said goodbye to read the rest, and may do so for ever.
             asyncio.get_running_loop().call_later(_CLOSE_WAIT_S, self._transport.abort)
 

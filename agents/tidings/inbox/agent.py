@@ -21,6 +21,7 @@ import orjson
 from tidings.runtime.backoff import Backoff
 from tidings.runtime.service import Service
 from tidings.runtime.settings import Settings
+from tidings.schema import reader
 from tidings.store.port import InboxRow, Store
 from tidings.stream import consumers, topology
 from tidings.stream.connection import Connection, connect
@@ -35,7 +36,6 @@ from tidings.wire.errors import (
     StreamUnavailable,
     TidingsError,
 )
-from tidings.wire.notification import check
 from tidings.wire.position import Position
 
 from .broadcasts import BroadcastWriter
@@ -80,6 +80,7 @@ class InboxAgent(Service):
         super().__init__()
         self._settings = settings
         self._store = store
+        self._read = reader(settings)
         self._id = secrets.token_hex(4)
         self._connection: Connection
         self._topology: Topology
@@ -173,7 +174,7 @@ class InboxAgent(Service):
         partition = int(words[1])
         try:
             user = subject.unescape(subject.readable(words[3]))
-            envelope = check(body)
+            envelope = self._read(body)
         except (InvalidNotification, BadSubject) as error:
             self._poison.append(_Poison(subject.readable(where), body, reply, delivery, error.code, str(error)))
         else:

@@ -17,9 +17,14 @@ from urllib.parse import urlsplit
 
 from tidings.wire.errors import BadSettings
 
-__all__ = ["ENVIRONMENT_PREFIX", "Settings", "listed"]
+from .address import shown
+
+__all__ = ["ENVIRONMENT_PREFIX", "INSECURE", "Settings", "listed"]
 
 ENVIRONMENT_PREFIX: Final = "TIDINGS_"
+
+INSECURE: Final = ("gateway", "api", "nats", "nats-credentials", "cql", "token-key")
+"""What the setting `insecure` may name; see `runtime.exposure`."""
 
 _LEAST_SECRET: Final = 32
 _MOST_SECRETS: Final = 8
@@ -40,6 +45,11 @@ class Settings:
     # The log
     nats_url: str = _text("nats://127.0.0.1:4222", "servers of the NATS cluster, comma-separated")
     nats_credentials: str = _text("", "path of a NATS credentials file (needs tidings[nkeys]); empty for none")
+    nats_ca: str = _text(
+        "", "path of the CA certificates (PEM) that NATS servers are checked against; empty for the system's"
+    )
+    nats_certificate: str = _text("", "path of our certificate (PEM) for NATS servers that ask for one")
+    nats_key: str = _text("", "path of its private key (PEM)")
     partitions: int = _number(64, 1, 1024, "partitions of the personal plane; fixed when the topology is created")
     replicas: int = _number(3, 1, 5, "replicas of every stream")
     stream_max_age_s: int = _number(21_600, 1, 2_592_000, "how long the log keeps a notification")
@@ -55,6 +65,11 @@ class Settings:
     store_timeout_s: float = _number(1, 0.05, 60, "how long the store may take for what a client waits for")
     cql_replication: str = _text("", "copies in each datacenter of a new CQL keyspace, such as dc1:3 or dc1:3,dc2:3")
     retention_days: int = _number(90, 1, 3650, "how long the inbox keeps a notification")
+
+    # The doors: gateway and api
+    tls_certificate: str = _text("", "path of the certificate (PEM, with its chain) to serve TLS with; empty for none")
+    tls_key: str = _text("", "path of its private key (PEM, not encrypted)")
+    tls_check_s: float = _number(5, 0.05, 3600, "how often those files are looked at for renewed ones")
 
     # The gateway
     host: str = _text("127.0.0.1", "address to listen on")
@@ -156,7 +171,40 @@ class Settings:
     )
     fanout_ack_wait_s: float = _number(60, 1, 3600, "how long a topic message may take before another agent tries")
 
+    # The HTTP api agent
+    api_host: str = _text("127.0.0.1", "address that the HTTP api listens on")
+    api_port: int = _number(8081, 0, 65_535, "port of the HTTP api; 0 for any")
+    api_body_max_bytes: int = _number(1_048_576, 32_768, 67_108_864, "largest body of a request")
+    api_body_timeout_s: float = _number(10, 0.1, 300, "how long the body of a request may take to arrive")
+    api_write_timeout_s: float = _number(10, 0.1, 300, "how long a client may take to read its answer")
+    api_publish_timeout_s: float = _number(5, 0.1, 60, "how long a publish over HTTP may wait for the log")
+    api_concurrency: int = _number(256, 1, 100_000, "most requests under way in one api agent; more get 503")
+    api_concurrency_per_credential: int = _number(64, 1, 100_000, "most requests under way of one user or service")
+    api_in_flight: int = _number(10_000, 1000, 1_000_000, "most unconfirmed notifications of one api agent")
+    api_requests_per_minute: int = _number(60_000, 1, 100_000_000, "requests of one service at one api agent")
+    api_user_requests_per_minute: int = _number(
+        1200, 1, 100_000_000, "requests about one user, by the user or by one service, at one api agent"
+    )
+    api_notifications_per_minute: int = _number(
+        600_000, 1000, 1_000_000_000, "notifications that one service publishes at one api agent"
+    )
+
+    # Event schemas
+    schema_dir: str = _text("", "folder with schemas of your own event types, <type>.json each; empty for none")
+    schema_check: str = _text(
+        "always",
+        "which notifications inbox and fan-out agents hold against their type's schema",
+        choices=("always", "sampled", "off"),
+    )
+    schema_sample: float = _number(0.01, 0, 1, "share of the notifications that are checked where schema_check=sampled")
+    schema_unknown: str = _text(
+        "allow", "what becomes of a notification whose type has no schema", choices=("allow", "refuse")
+    )
+
     # All
+    insecure: str = _text(
+        "", "what may be without protection, comma-separated: gateway, api, nats, nats-credentials, cql, token-key"
+    )
     log_level: str = _text("info", "how much is logged", choices=("debug", "info", "warning", "error"))
     request_timeout_s: float = _number(5, 0.1, 60, "how long an answer of JetStream may take")
     api_requests: int = _number(64, 1, 4096, "most requests that a process has under way at JetStream's API")
@@ -227,12 +275,19 @@ def _problems(values: Mapping[str, Any]) -> dict[str, str]:
     if "nats_url" not in found:
         for server in values["nats_url"].split(","):
             if not _is_server(server):
-                found["nats_url"] = f"nats_url has the server {server!r}: it must be like nats://127.0.0.1:4222"
+                found["nats_url"] = f"nats_url has the server {shown(server)!r}: it must be like nats://127.0.0.1:4222"
                 break
     if not found.keys() & {"window", "window_max"} and values["window"] > values["window_max"]:
         found["window"] = (
             f"window is {values['window']}: it may not be above window_max, which is {values['window_max']}"
         )
+    for certificate, key in (("tls_certificate", "tls_key"), ("nats_certificate", "nats_key")):
+        if not found.keys() & {certificate, key} and bool(values[certificate]) != bool(values[key]):
+            missing = key if values[certificate] else certificate
+            found[missing] = f"{missing} is not set: {certificate} and {key} belong together, give both or neither"
+    unknown = [] if "insecure" in found else sorted(set(listed(values["insecure"])) - set(INSECURE))
+    if unknown:
+        found["insecure"] = f"insecure has {unknown[0]!r}: it may have {', '.join(INSECURE)}, comma-separated"
     if "token_key" not in found:
         found.update(_secrets_problem(values["token_key"]))
     if not found.keys() & {"client_bytes_burst", "frame_max_bytes"}:

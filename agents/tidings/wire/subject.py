@@ -19,6 +19,7 @@ from .topic import check_topic
 
 __all__ = [
     "BROADCAST_WILDCARD",
+    "CLAIMED",
     "DEAD_WILDCARD",
     "DECIDED",
     "INBOX_FLOOR",
@@ -43,11 +44,13 @@ __all__ = [
     "part_user",
     "part_wildcard",
     "partition",
+    "plane_of_dead",
     "presence",
     "readable",
     "revoked_device",
     "revoked_of",
     "revoked_user",
+    "token_of",
     "topic_of",
     "unescape",
 ]
@@ -60,6 +63,8 @@ TOPICS_WILDCARD: Final = "notify.topic.>"
 BROADCAST_WILDCARD: Final = "broadcast.>"
 DECIDED: Final = "decided"
 """Where fan-out agents note how a message goes out."""
+CLAIMED: Final = "claimed"
+"""Where api agents note which body an idempotency key came with."""
 DEAD_WILDCARD: Final = "dead.>"
 INBOX_FLOOR: Final = "inbox.floor"
 REVOKED_WILDCARD: Final = "revoked.>"
@@ -154,6 +159,12 @@ def part_user(token: str, number: int | str) -> str:
     return f"part.{number}.user.{token}"
 
 
+def token_of(where: str) -> str | None:
+    """The user's token of a subject that `part_user` made; None for any other one."""
+    words = where.split(".")
+    return words[3] if len(words) == 4 and (words[0], words[2]) == ("part", "user") else None
+
+
 def part_wildcard(number: int) -> str:
     """All that one partition's stream stores."""
     return f"part.{number}.user.*"
@@ -162,6 +173,11 @@ def part_wildcard(number: int) -> str:
 def dead(plane: str) -> str:
     """Where a dead letter of a plane goes."""
     return f"dead.{plane}"
+
+
+def plane_of_dead(where: str) -> str:
+    """The plane of a subject that `dead` made."""
+    return where.removeprefix("dead.")
 
 
 def revoked_user(user: str) -> str:

@@ -103,7 +103,7 @@ class Runner(web.AppRunner):
     """aiohttp's runner, whose connections come over the porch."""
 
     def __init__(self, app: web.Application, porch: Porch, **options: Any) -> None:
-        log = logging.getLogger("tidings.gateway.http")
+        log = logging.getLogger("tidings.http")
         log.addFilter(_is_ours)
         super().__init__(app, logger=log, **options)
         self._porch = porch
