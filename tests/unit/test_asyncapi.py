@@ -157,6 +157,7 @@ MADE = {
     "part_user": ("part", subject.part_user("alice", 3)),
     "broadcast": ("broadcast", subject.broadcast("post.42")),
     "DECIDED": ("decided", subject.DECIDED),
+    "CLAIMED": ("claimed", subject.CLAIMED),
     "dead": ("dead", subject.dead("user")),
     "revoked_user": ("revokedUser", subject.revoked_user("alice")),
     "revoked_device": ("revokedDevice", subject.revoked_device("alice", "phone")),
