@@ -38,6 +38,7 @@ __all__ = [
     "DEAD",
     "DECISIONS",
     "FANOUT",
+    "HEADER_ROOM",
     "INBOX",
     "REVOCATIONS",
     "TOPICS",
@@ -68,7 +69,8 @@ FANOUT: Final = "fanout"
 _SHARED: Final = (TOPICS, BROADCAST, DECISIONS, REVOCATIONS, DEAD)
 _PARTITIONS: Final = "tidings_partitions"
 _INCARNATION: Final = "tidings_incarnation"
-_HEADER_ROOM: Final = 4096
+HEADER_ROOM: Final = 4096
+"""What a notification may have beside its body, in bytes."""
 _MAX_REVOCATIONS: Final = 1_000_000
 _REVOCATIONS_SPARE_S: Final = 3600
 _NOT_FOUND: Final = 404
@@ -232,7 +234,7 @@ def _notify(settings: Settings, number: int) -> dict[str, Any]:
         "discard": "new",
         "max_age": settings.stream_max_age_s * 1_000_000_000,
         "max_bytes": settings.stream_max_bytes,
-        "max_msg_size": MAX_BODY_BYTES + _HEADER_ROOM,
+        "max_msg_size": MAX_BODY_BYTES + HEADER_ROOM,
         "max_consumers": settings.stream_max_consumers,
         "duplicate_window": min(settings.duplicate_window_s, settings.stream_max_age_s) * 1_000_000_000,
         "allow_direct": True,
@@ -251,7 +253,7 @@ def _topics(settings: Settings) -> dict[str, Any]:
         "discard": "new",
         "max_age": settings.stream_max_age_s * 1_000_000_000,
         "max_bytes": settings.stream_max_bytes,
-        "max_msg_size": MAX_BODY_BYTES + _HEADER_ROOM,
+        "max_msg_size": MAX_BODY_BYTES + HEADER_ROOM,
         "max_consumers": settings.stream_max_consumers,
         "duplicate_window": min(settings.duplicate_window_s, settings.stream_max_age_s) * 1_000_000_000,
         "allow_direct": True,
@@ -296,7 +298,7 @@ def _revocations(settings: Settings) -> dict[str, Any]:
         "discard": "new",
         "max_age": kept_s * 1_000_000_000,
         "max_msgs": _MAX_REVOCATIONS,
-        "max_msg_size": _HEADER_ROOM,
+        "max_msg_size": HEADER_ROOM,
         "max_consumers": settings.stream_max_consumers,
         "duplicate_window": settings.duplicate_window_s * 1_000_000_000,
         "allow_direct": True,
@@ -315,7 +317,7 @@ def _dead(settings: Settings) -> dict[str, Any]:
         "discard": "new",
         "max_age": settings.dead_max_age_s * 1_000_000_000,
         "max_bytes": -1,
-        "max_msg_size": MAX_BODY_BYTES + 4 * _HEADER_ROOM,
+        "max_msg_size": MAX_BODY_BYTES + 4 * HEADER_ROOM,
         "max_consumers": settings.stream_max_consumers,
         "duplicate_window": settings.duplicate_window_s * 1_000_000_000,
         "allow_direct": True,
