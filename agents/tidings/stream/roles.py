@@ -176,15 +176,18 @@ def _operator() -> Role:
         "operator",
         publish=(
             Line(f"{_API}>", "make and change streams, look at them, erase users"),
-            Line(subject.part_user("*", "*"), "publish to users, probe the mapping: notify.user.* is mapped to this"),
+            Line(
+                subject.part_user("*", "*"), "replay dead letters, probe the mapping: notify.user.* is mapped to this"
+            ),
             Line(subject.NOTIFY_WILDCARD, "see that a mapping is missing"),
-            Line(subject.TOPICS_WILDCARD, "publish to topics"),
+            Line(subject.TOPICS_WILDCARD, "replay dead letters of topics"),
             Line(subject.REVOKED_WILDCARD, "revoke tokens"),
         ),
         subscribe=(
             _answers(subject.OPERATOR),
             Line(subject.part_user("*", "*"), "see where a probe of the mapping goes"),
             Line(subject.NOTIFY_WILDCARD, "see that it goes nowhere"),
+            Line(subject.INBOX_FLOOR, "see that inbox agents say up to where the store has everything"),
         ),
     )
 
