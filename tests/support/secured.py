@@ -160,9 +160,14 @@ class Outsider:
         before = len(self.refusals)
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         await self.client.publish(where, payload, reply=reply, headers=named or None)
-        # A refusal comes before the answer to what was sent after it.
-        await self.client.flush()
+        await self.settle()
         return len(self.refusals) == before
+
+    async def settle(self) -> None:
+        """Wait for the server's word on all that was sent: a refusal comes before the answer to a later ping."""
+        # nats-py sends the ping of a flush before what it has queued.
+        for _ in range(2):
+            await self.client.flush()
 
     async def may_subscribe(self, where: str, queue: str = "") -> bool:
         """Subscribe; whether the server took it. What comes is in `seen`."""
@@ -172,7 +177,7 @@ class Outsider:
 
         before = len(self.refusals)
         await self.client.subscribe(where, queue=queue, cb=come)
-        await self.client.flush()
+        await self.settle()
         return len(self.refusals) == before
 
     async def ask(self, where: str, body: Any = None) -> dict[str, Any]:
