@@ -20,6 +20,8 @@ from tidings.wire.errors import TidingsError
 from . import figures, profiler
 from .figures import Figure
 from .host import BenchFailed, pick_cores, running_mesh
+from .hostile import HostilePlan, HostileRepeat, run_hostile
+from .leaving import LeavingPlan, LeavingRepeat, run_leaving
 from .system import alone, machine, on_cores, raise_open_files, versions
 from .topics import CrowdPlan, TopicPlan, TopicRepeat, run_topics
 from .workloads import Counts, Plan, Repeat, Say, run_repeat
@@ -29,15 +31,17 @@ _SPARE_FILES: Final = 500
 _LOST: Final = 1
 _FAILED: Final = 2
 
+AnyPlan = Plan | TopicPlan | LeavingPlan | HostilePlan
+
 
 class _Suite(NamedTuple):
     """What is measured on one mesh, one load after the other."""
 
-    plan: type[Plan] | type[TopicPlan]
+    plan: type[AnyPlan]
     quick: dict[str, Any]
     """Of the plan, for a smoke test."""
     figures: Sequence[Figure]
-    run: Callable[[Any, Say], Awaitable[Repeat | TopicRepeat]]
+    run: Callable[[Any, Say], Awaitable[Repeat | TopicRepeat | LeavingRepeat | HostileRepeat]]
     file: Path
     """Where the figures go unless something else is said."""
     begin: str
@@ -97,6 +101,41 @@ _SUITES: Final = {
         "<!-- crowd: written by `python -m bench --suite crowd --write` -->",
         "<!-- end of crowd -->",
     ),
+    "leaving": _Suite(
+        LeavingPlan,
+        {
+            "devices": 200,
+            "rate": 100,
+            "seconds": 16.0,
+            "storm_seconds": 4.0,
+            "repeats": 1,
+            "partitions": 8,
+            "settle_s": 0.5,
+        },
+        figures.LEAVING,
+        run_leaving,
+        Path("bench/leaving.json"),
+        "<!-- leaving: written by `python -m bench --suite leaving --write` -->",
+        "<!-- end of leaving -->",
+    ),
+    "hostile": _Suite(
+        HostilePlan,
+        {
+            "devices": 50,
+            "rate": 100,
+            "seconds": 0.5,
+            "partitions": 8,
+            "warm_up": 5,
+            "warm_up_s": 0.3,
+            "settle_s": 0.5,
+            "hostile": 10,
+        },
+        figures.HOSTILE,
+        run_hostile,
+        Path("bench/hostile.json"),
+        "<!-- hostile: written by `python -m bench --suite hostile --write` -->",
+        "<!-- end of hostile -->",
+    ),
 }
 
 
@@ -125,6 +164,8 @@ def _arguments() -> argparse.Namespace:
     personal.add_argument(
         "--no-message-id", dest="message_id", action="store_false", default=None, help="publish without Nats-Msg-Id"
     )
+    hostile = parser.add_argument_group("hostile")
+    hostile.add_argument("--hostile", type=int, help=f"hostile clients of each kind (default: {HostilePlan().hostile})")
     group = parser.add_argument_group("topics")
     group.add_argument("--broadcasts", type=int, help=f"broadcasts of each load (default: {topics.broadcasts})")
     group.add_argument("--every-s", type=float, help=f"seconds between two (default: {topics.every_s:g})")
@@ -135,7 +176,7 @@ def _arguments() -> argparse.Namespace:
     return args
 
 
-def _plan(args: argparse.Namespace) -> Plan | TopicPlan:
+def _plan(args: argparse.Namespace) -> AnyPlan:
     suite = _SUITES[args.suite]
     names = {field.name for field in dataclasses.fields(suite.plan)}
     given = {name: value for name, value in vars(args).items() if name in names and value is not None}
@@ -154,7 +195,7 @@ def _say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
-async def _measure(suite: _Suite, plan: Plan | TopicPlan) -> tuple[dict[str, Any], Counts]:
+async def _measure(suite: _Suite, plan: AnyPlan) -> tuple[dict[str, Any], Counts]:
     runs, counts = [], Counts()
     for number in range(plan.repeats):
         _say(f"repeat {number + 1} of {plan.repeats}: {plan.devices} devices")
@@ -164,7 +205,7 @@ async def _measure(suite: _Suite, plan: Plan | TopicPlan) -> tuple[dict[str, Any
     return figures.summary(runs, suite.figures), counts
 
 
-async def _profile(plan: Plan | TopicPlan, agent: str) -> str:
+async def _profile(plan: AnyPlan, agent: str) -> str:
     followers = plan.followers() if isinstance(plan, TopicPlan) else {}
     async with running_mesh(
         plan.partitions, plan.cores, profiled=agent, devices=plan.devices, followers=followers
@@ -177,12 +218,16 @@ async def _profile(plan: Plan | TopicPlan, agent: str) -> str:
     return profiler.report(lines, deliveries)
 
 
-def _settings(plan: Plan | TopicPlan) -> dict[str, Any]:
+def _settings(plan: AnyPlan) -> dict[str, Any]:
     values = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan) if field.name != "cores"}
     return {**values, "cores": {"servers": sorted(plan.cores.servers), "load": sorted(plan.cores.load)}}
 
 
-def _loads(plan: Plan | TopicPlan) -> str:
+def _loads(plan: AnyPlan) -> str:
+    if isinstance(plan, HostilePlan):
+        return (
+            f"{plan.rate:,} notifications a second for {plan.seconds:g} s a load; {plan.hostile} hostile clients a kind"
+        )
     if isinstance(plan, TopicPlan):
         return (
             f"{plan.broadcasts} broadcasts of {plan.size} bytes a load, {1 / plan.every_s:g} a second; "
@@ -191,7 +236,7 @@ def _loads(plan: Plan | TopicPlan) -> str:
     return f"{plan.rate:,} notifications of {plan.size} bytes a second for {plan.seconds:g} s at full load"
 
 
-def _markdown(result: dict[str, Any], plan: Plan | TopicPlan) -> str:
+def _markdown(result: dict[str, Any], plan: AnyPlan) -> str:
     host, used, counts = (result[name] for name in ("machine", "versions", "counts"))
     pinned = "servers on one core, load on the other" if plan.cores.servers else "not pinned to cores"
     return (

@@ -6,7 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any, Final, NamedTuple
 
-__all__ = ["PERSONAL", "TOPICS", "Figure", "summary", "table"]
+from .mallory import KINDS
+
+__all__ = ["HOSTILE", "LEAVING", "PERSONAL", "TOPICS", "Figure", "summary", "table"]
 
 
 class Figure(NamedTuple):
@@ -87,6 +89,40 @@ TOPICS: Final[tuple[Figure, ...]] = (
     Figure("acked_client_us", "Broadcast, each acknowledged at once: CPU of the load client", "µs a delivery", 1),
     Figure("broadcast_others_percent", "Broadcast: what others had of the servers' core", "% of a core", 1),
 )
+
+
+def _returns(kind: str, text: str) -> Iterable[Figure]:
+    yield Figure(f"{kind}_away_p50_s", f"{text}: a device was away, p50", "s", 2)
+    yield Figure(f"{kind}_away_p99_s", f"{text}: a device was away, p99", "s", 2)
+    yield Figure(f"{kind}_away_max_s", f"{text}: a device was away, longest", "s", 2)
+    yield Figure(f"{kind}_last_s", f"{text}: until the last device was back", "s", 1)
+    yield Figure(f"{kind}_refused", f"{text}: told to come later (4503)", "connects")
+    yield Figure(f"{kind}_failed", f"{text}: failed without a word", "connects")
+    yield Figure(f"{kind}_p50_ms", f"{text}: publish to device, absences included, p50", "ms", 1)
+    yield Figure(f"{kind}_p99_ms", f"{text}: publish to device, absences included, p99", "ms")
+    yield Figure(f"{kind}_copies", f"{text}: notifications that came twice", "")
+    yield Figure(f"{kind}_api_requests", f"{text}: most requests waiting at JetStream's API", "requests")
+
+
+LEAVING: Final[tuple[Figure, ...]] = (
+    *_returns("rolling", "Two gateways restarted, one after the other"),
+    *_returns("storm", "A gateway killed, all at once to another one"),
+)
+
+
+def _hostile(kind: str, who: str) -> Iterable[Figure]:
+    yield Figure(f"{kind}_without_p50_ms", "Nobody hostile: publish to device, p50", "ms", 1)
+    yield Figure(f"{kind}_p50_ms", f"Beside those {who}: p50", "ms", 1)
+    yield Figure(f"{kind}_without_p99_ms", "Nobody hostile: publish to device, p99", "ms", 1)
+    yield Figure(f"{kind}_p99_ms", f"Beside those {who}: p99", "ms", 1)
+    yield Figure(f"{kind}_ratio", "The p99 with them by the p99 without", "times", 2)
+    yield Figure(f"{kind}_without_gateway_percent", "Nobody hostile: CPU of the gateway", "% of a core")
+    yield Figure(f"{kind}_gateway_percent", f"Beside those {who}: CPU of the gateway", "% of a core")
+    yield Figure(f"{kind}_others_percent", "What others had of the servers' core meanwhile", "% of a core")
+    yield Figure(f"{kind}_connections", "Connections that they made", "")
+
+
+HOSTILE: Final[tuple[Figure, ...]] = tuple(figure for kind in KINDS for figure in _hostile(kind, KINDS[kind]))
 
 
 def summary(runs: Sequence[Mapping[str, float]], wanted: Sequence[Figure]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import signal
+import socket
 import sys
 import time
 from asyncio.subprocess import PIPE, Process
@@ -23,6 +24,7 @@ from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
+from urllib.request import urlopen
 
 from tidings.runtime.settings import ENVIRONMENT_PREFIX, Settings
 from tidings.store.factory import open_store_url
@@ -105,8 +107,9 @@ class Worker:
 class Mesh:
     """Made by `running_mesh`."""
 
-    def __init__(self, folder: Path, nats: NatsServer, settings: Settings, cores: Cores) -> None:
+    def __init__(self, folder: Path, nats: NatsServer, monitor: int, settings: Settings, cores: Cores) -> None:
         self._folder = folder
+        self._monitor = monitor
         self._nats = nats
         self._settings = settings
         self._cores = cores
@@ -152,6 +155,12 @@ class Mesh:
         await worker.ask("setup", port=self._port, key=self._settings.token_key)
         return worker
 
+    async def start_hostile(self) -> Worker:
+        """Start the hostile clients, where the load is; see `bench.mallory`."""
+        worker = await self.start_worker("mallory", self._cores.load)
+        await worker.ask("setup", port=self._port, key=self._settings.token_key)
+        return worker
+
     async def start_bare(self) -> Worker:
         """Start the yardstick, where the servers are; see `bench.bare`."""
         return await self.start_worker("bare", self._cores.servers)
@@ -166,6 +175,27 @@ class Mesh:
         self._exit.push_async_callback(worker.stop)
         return worker
 
+    async def start_gateway(self, name: str, *, profiled: bool = False) -> int:
+        """Start another gateway, with a name that begins with ``gateway``, or one again that was stopped; its port."""
+        return int(await self._start_agent(name, name if profiled else None))
+
+    async def stop_agent(self, name: str) -> None:
+        """Tell an agent to stop, and wait until it has."""
+        await _end(self._agents.pop(name))
+
+    async def kill_agent(self, name: str) -> None:
+        """End an agent without a goodbye to anybody."""
+        process = self._agents.pop(name)
+        process.kill()
+        await process.wait()
+
+    async def api_requests(self) -> int:
+        """How many requests wait in the queue of JetStream's API now."""
+        url = f"http://127.0.0.1:{self._monitor}/jsz"
+        told = await asyncio.to_thread(_get, url)
+        waiting: int = told["api"].get("inflight", 0)
+        return waiting
+
     async def _start_agent(self, name: str, profiled: str | None) -> str:
         environment = {key: text for key, text in os.environ.items() if not key.startswith(ENVIRONMENT_PREFIX)}
         for key, value in asdict(self._settings).items():
@@ -174,19 +204,21 @@ class Mesh:
         under = ["-m", "bench.profiler", str(self.profile_of(name))] if name == profiled else ["-m", "tidings"]
         with on_cores(self._cores.servers), log.open("wb") as output:
             process = await asyncio.create_subprocess_exec(
-                sys.executable, *under, name, env=environment, stdout=output, stderr=output
+                sys.executable, *under, _kind(name), env=environment, stdout=output, stderr=output
             )
         self._agents[name] = process
         self._exit.push_async_callback(_end, process)
         return await self._ready(name, process, log)
 
     async def _ready(self, name: str, process: Process, log: Path) -> str:
+        pattern = _SAYS_READY[_kind(name)]
+
         def said() -> object:
-            return process.returncode is not None or re.search(_SAYS_READY[name], log.read_text(errors="replace"))
+            return process.returncode is not None or re.search(pattern, log.read_text(errors="replace"))
 
         await until(said, _START_S)
         text = log.read_text(errors="replace")  # noqa: ASYNC240 - a few lines, before anything is measured
-        found = re.search(_SAYS_READY[name], text)
+        found = re.search(pattern, text)
         if found is None:
             tail = " | ".join(text.splitlines()[-5:])
             raise BenchFailed(f"`tidings {name}` did not start (exit status {process.returncode}): {tail}")
@@ -204,6 +236,15 @@ class Mesh:
     def tell(self, name: str, number: signal.Signals) -> None:
         """Send an agent a signal."""
         self._agents[name].send_signal(number)
+
+    @property
+    def port(self) -> int:
+        """Of the gateway that was started first."""
+        return self._port
+
+    def log_of(self, name: str) -> str:
+        """What an agent has said since it was started."""
+        return (self._folder / f"{name}.log").read_text(errors="replace")
 
     def _pid(self, name: str) -> int:
         if name != "nats-server":
@@ -275,13 +316,13 @@ class Mesh:
         answer: dict[str, Any] = json.loads(output)
         return answer
 
-    async def unsettled(self) -> int:
+    async def unsettled(self, patience_s: float = _SETTLE_S) -> int:
         """Messages that a consumer, a device's or the inbox agents', still owes or was not told to be done.
 
         Without this, "received" would be the load client's word alone: here the server says that every
         acknowledgement has reached it and that the inbox has stored everything. Waits a little for that.
         """
-        end = time.monotonic() + _SETTLE_S
+        end = time.monotonic() + patience_s
         while True:
             owed = await self._owed()
             if not owed or time.monotonic() > end:
@@ -299,6 +340,16 @@ class Mesh:
                 owed += sum(item["num_pending"] + item["num_ack_pending"] for item in answer["consumers"])
                 offset, total = offset + _PAGE, answer["total"]
         return owed
+
+
+def _kind(name: str) -> str:
+    """The agent of a name such as ``gateway-2``."""
+    return name.partition("-")[0]
+
+
+def _get(url: str) -> Any:
+    with urlopen(url) as response:
+        return json.load(response)
 
 
 async def _end(process: Process) -> None:
@@ -320,32 +371,44 @@ async def running_mesh(
     profiled: str | None = None,
     devices: int = 0,
     followers: Followers = _NONE,
+    **changed: Any,
 ) -> AsyncIterator[Mesh]:
-    """A mesh with nothing in it yet but who follows what; `devices` is how many are going to connect."""
+    """A mesh with nothing in it yet but who follows what; `devices` is how many are going to connect.
+
+    `changed` are settings.
+    """
     with TemporaryDirectory(prefix="tidings-bench-") as path:
         folder = Path(path)
-        nats = NatsServer(folder / "nats", partitions=partitions)
+        monitor = _free_port()
+        nats = NatsServer(folder / "nats", partitions=partitions, monitor_port=monitor)
         with on_cores(cores.servers):
             await nats.start()
-        settings = Settings(
-            nats_url=nats.url,
-            partitions=partitions,
-            replicas=1,
-            store_url=f"sqlite:///{folder}/tidings.db",
-            token_key=secrets.token_hex(32),
-            port=0,
-            max_sessions=2 * devices + 1000,
+        values: dict[str, Any] = {
+            "nats_url": nats.url,
+            "partitions": partitions,
+            "replicas": 1,
+            "store_url": f"sqlite:///{folder}/tidings.db",
+            "token_key": secrets.token_hex(32),
+            "port": 0,
+            "max_sessions": 2 * devices + 1000,
             # Taking 5,000 sessions over may take longer than the default of 30 s on a slow machine.
-            linger_s=120,
-            drain_s=0,
-        )
-        mesh = Mesh(folder, nats, settings, cores)
+            "linger_s": 120,
+            "drain_s": 0,
+        }
+        settings = Settings(**{**values, **changed})
+        mesh = Mesh(folder, nats, monitor, settings, cores)
         try:
             await mesh.start(profiled, followers)
             yield mesh
         finally:
             await mesh.stop()
             await nats.stop()
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
 
 
 def pick_cores(available: Sequence[int]) -> Cores:

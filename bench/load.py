@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import random
 import resource
 import sys
 import time
@@ -21,11 +22,12 @@ import orjson
 import uvloop
 
 from bench.publisher import EVERYBODY, user_of
+from bench.returning import Attempt, Returning
 from bench.waiting import until
 from tidings.identity import issue
 from tidings.wire.frames import SUBPROTOCOL
 
-__all__ = ["Device", "Fleet", "Shared", "client_frame"]
+__all__ = ["Device", "Fleet", "Shared", "client_frame", "quantile"]
 
 _TEXT: Final = 0x81
 _CLOSE: Final = 0x88
@@ -92,7 +94,18 @@ class Shared:
 class Device(asyncio.Protocol):
     """One connected device."""
 
-    __slots__ = ("_fleet", "_number", "_rest", "_shaken", "ended", "newest", "problem", "transport", "welcomed")
+    __slots__ = (
+        "_fleet",
+        "_number",
+        "_rest",
+        "_shaken",
+        "after_s",
+        "ended",
+        "newest",
+        "problem",
+        "transport",
+        "welcomed",
+    )
 
     def __init__(self, fleet: Fleet, number: int) -> None:
         self._fleet = fleet
@@ -103,6 +116,8 @@ class Device(asyncio.Protocol):
         self.newest = ""
         """The position that came last, while nothing is acknowledged."""
         self.problem = ""
+        self.after_s: float | None = None
+        """When the gateway wants it back."""
         loop = asyncio.get_running_loop()
         self.welcomed: asyncio.Future[bool] | None = loop.create_future()
         self.ended: asyncio.Future[None] | None = None
@@ -199,6 +214,8 @@ class Device(asyncio.Protocol):
             self._fleet.gaps += 1
         elif kind == "error":
             self.problem = frame["message"]
+        elif kind == "bye":
+            self.after_s = frame["after_ms"] / 1000
 
     def _control(self, first: int, payload: bytes) -> None:
         if first == _PING:
@@ -226,18 +243,62 @@ class Fleet:
         """By a notification's number: how often it came."""
         self.latencies = array("q")
         self.received = self.strays = self.repeated = self.misled = self.gaps = self.dropped = 0
-        self._port = 0
+        self._ports = [0]
         self._key = ""
+        self._returning: Returning | None = None
 
     def gone(self, number: int, device: Device) -> None:
         if self.devices.get(number) is device:
             del self.devices[number]
-            self.dropped += 1
+            if self._returning is None:
+                self.dropped += 1
+            else:
+                self._returning.gone(number, device.after_s)
 
     async def setup(self, port: int, key: str) -> dict[str, Any]:
         """Where the gateway is, and the key that signs tokens."""
-        self._port, self._key = port, key
+        self._ports, self._key = [port], key
         return {}
+
+    async def move(self, ports: list[int]) -> dict[str, Any]:
+        """Connect to one of these gateways from now on, as behind a load balancer."""
+        self._ports = ports
+        return {}
+
+    async def come_back(self, at_once: bool) -> dict[str, Any]:
+        """Devices whose connection ends come back from now on; see `Returning`."""
+        if self._returning is None:
+            self._returning = Returning(self._attempt)
+        self._returning.begin(at_once)
+        return {}
+
+    async def returned(self, timeout_s: float) -> dict[str, Any]:
+        """Wait until all are back, or the time is over; then say how that was."""
+        assert self._returning is not None
+        returning = self._returning
+        await until(lambda: not returning.absent, timeout_s, 0.02)
+        return {**returning.report(), "connected": len(self.devices)}
+
+    async def _attempt(self, number: int) -> Attempt:
+        try:
+            async with asyncio.timeout(_CONNECT_S):
+                device, welcome = await self._dial(number)
+        except (TimeoutError, OSError):
+            return Attempt(False, None)
+        return Attempt(welcome, device.after_s)
+
+    async def _dial(self, number: int) -> tuple[Device, bool]:
+        """Connect, and wait for the welcome or the end of the connection."""
+        port = random.choice(self._ports)
+        _, device = await asyncio.get_running_loop().create_connection(lambda: Device(self, number), "127.0.0.1", port)
+        try:
+            welcome = await device.welcomed if device.welcomed is not None else False
+        except asyncio.CancelledError:
+            device.transport.abort()
+            raise
+        if welcome:
+            self.devices[number] = device
+        return device, welcome
 
     async def connect(self, first: int, count: int, at_once: int) -> dict[str, Any]:
         """Connect devices, `at_once` at a time, each until its welcome."""
@@ -255,8 +316,8 @@ class Fleet:
         return {
             "connected": len(waits),
             "seconds": seconds,
-            "p50_ms": _quantile(waits, 0.50) * 1000,
-            "p99_ms": _quantile(waits, 0.99) * 1000,
+            "p50_ms": quantile(waits, 0.50) * 1000,
+            "p99_ms": quantile(waits, 0.99) * 1000,
             "problems": problems[:3],
         }
 
@@ -264,15 +325,11 @@ class Fleet:
         began = time.monotonic()
         try:
             async with asyncio.timeout(_CONNECT_S):
-                _, device = await asyncio.get_running_loop().create_connection(
-                    lambda: Device(self, number), "127.0.0.1", self._port
-                )
-                welcome = await device.welcomed if device.welcomed is not None else False
+                device, welcome = await self._dial(number)
         except (TimeoutError, OSError) as error:
             problems.append(str(error) or f"no welcome within {_CONNECT_S:g} s")
             return
         if welcome:
-            self.devices[number] = device
             waits.append(time.monotonic() - began)
         else:
             problems.append(device.problem or "the connection ended before its welcome")
@@ -365,7 +422,7 @@ class Fleet:
             "strays": self.strays,
             "gaps": self.gaps,
             "dropped": self.dropped,
-            **{name: _quantile(ordered, share) / 1e6 for name, share in (("p50_ms", 0.5), ("p99_ms", 0.99))},
+            **{name: quantile(ordered, share) / 1e6 for name, share in (("p50_ms", 0.5), ("p99_ms", 0.99))},
             "max_ms": ordered[-1] / 1e6 if ordered else 0.0,
             "cpu_s": _own_cpu_s(),
         }
@@ -386,7 +443,8 @@ async def _side_by_side(numbers: range | list[int], at_once: int, action: Callab
     await asyncio.gather(*(work() for _ in range(at_once)))
 
 
-def _quantile(values: Any, share: float) -> float:
+def quantile(values: Any, share: float) -> float:
+    """The value below which this share of all lies; 0 of none."""
     ordered = sorted(values)
     return float(ordered[min(len(ordered) - 1, int(len(ordered) * share))]) if ordered else 0.0
 
@@ -408,6 +466,9 @@ async def _main() -> None:
         "collect_shared": fleet.collect_shared,
         "acknowledge": fleet.acknowledge,
         "listen": fleet.listen,
+        "move": fleet.move,
+        "come_back": fleet.come_back,
+        "returned": fleet.returned,
     }
     reader = asyncio.StreamReader(limit=2**24)
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)

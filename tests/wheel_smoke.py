@@ -78,7 +78,9 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        with running("dev", "--port", "0", "--nats-port", "0") as mesh:
+        listed = subprocess.run([str(COMMAND), "schemas", "list"], check=True, capture_output=True, text=True).stdout
+        assert "social.like" in listed, "the wheel has no event schemas"
+        with running("dev", "--port", "0", "--api-port", "0", "--nats-port", "0") as mesh:
             page = mesh.said(r"Page +(http://\S+)")
             nats = mesh.said(r"NATS +(nats://\S+)")
             with urllib.request.urlopen(page, timeout=PATIENCE_S) as answer:

@@ -194,11 +194,11 @@ async def test_topology_plan_apply_show(nats: NatsServer) -> None:
     environment = small(nats)
     planned = await answer("topology", "plan", **environment)
     assert planned.out[0] == "create stream NOTIFY_0"
-    # A stream and a consumer a partition, for topics and for broadcasts; decisions, revocations, dead letters.
-    assert planned.out[-1].startswith(f"{2 * PARTITIONS + 7} to do")
+    # A stream and a consumer a partition, for topics and for broadcasts; decisions, keys, revocations, dead letters.
+    assert planned.out[-1].startswith(f"{2 * PARTITIONS + 8} to do")
     applied = await answer("topology", "apply", **environment)
     assert applied.process.returncode == 0
-    assert applied.out == [*planned.out[:-1], f"{2 * PARTITIONS + 7} done"]
+    assert applied.out == [*planned.out[:-1], f"{2 * PARTITIONS + 8} done"]
     again = await answer("topology", "apply", **environment)
     assert again.out == ["nothing to do"]
     shown = await answer("topology", "show", "--nats", nats.url)
@@ -207,6 +207,7 @@ async def test_topology_plan_apply_show(nats: NatsServer) -> None:
         *(f"NOTIFY_{n}" for n in range(PARTITIONS)),
         "TOPICS",
         "DECISIONS",
+        "KEYS",
         "BROADCAST",
         "REVOCATIONS",
         "DEAD",

@@ -21,7 +21,7 @@ from typing import Any, Final, NamedTuple
 import orjson
 import pytest
 
-from tidings.gateway.admission import Admission
+from tidings.gateway.authenticator import Authenticator
 from tidings.gateway.door import Door
 from tidings.gateway.hub import Hub
 from tidings.gateway.keeper import Keeper
@@ -421,8 +421,8 @@ class World:
         opener = Opener(self.hub)
         self.keeper = Keeper(self.hub, opener)
         nobody: Any = None  # tokens are looked at before a device joins
-        admission = Admission(self.hub, nobody)
-        self.door = Door(self.hub, opener, admission, Requests(self.hub, TopicEntitlement(self.settings)))
+        authenticator = Authenticator(self.hub, nobody)
+        self.door = Door(self.hub, opener, authenticator, Requests(self.hub, TopicEntitlement(self.settings)))
         spawn(self.keeper.mend())
 
     def _start_agent(self, process: str) -> None:

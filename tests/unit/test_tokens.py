@@ -226,7 +226,13 @@ async def test_a_token_brings_no_key(tmp_path: Path) -> None:
 async def test_what_must_be_understood() -> None:
     """A header that says that something must be understood is refused (RFC 7515, section 4.1.11)."""
     verifier = await opened(token_key=SECRET)
-    for header in ({"crit": ["exp"], "exp": NOW}, {"crit": []}, {"b64": False, "crit": ["b64"]}, {"b64": False}):
+    for header in (
+        {"crit": ["exp"], "exp": NOW},
+        {"crit": []},
+        {"crit": ["b64"], "b64": True},
+        {"crit": ["b64"], "b64": False},
+        {"b64": False},
+    ):
         assert "is not valid" in await refusal(verifier, signed({"alg": "HS256", **header}, claims()))
 
 
@@ -273,6 +279,9 @@ async def test_signed_nonsense() -> None:
     ]
     for changed in bad:
         await refusal(verifier, signed({"alg": "HS256"}, json.dumps(claims(**changed)).encode()))
+    for payload in (b"[" * 5000, b"[]", b"7", b"\xff", b""):
+        assert "no JSON Web Token" in await refusal(verifier, signed({"alg": "HS256"}, payload))
+    assert f"over {MAX_TOKEN}" in await refusal(verifier, sign(filler="x" * MAX_TOKEN))
     for name in ("sub", "exp"):
         assert name in await refusal(verifier, sign(**{name: None}))
 

@@ -92,7 +92,7 @@ def _of_state(state: Path) -> dict[str, str]:
     found = running(state)
     if found is None:
         raise StartFailed(f"no `tidings dev` runs on {state}: start it, its log is needed")
-    return {"nats_url": found.nats_url, "store_url": found.store_url}
+    return {"nats_url": found.nats_url, "store_url": found.store_url, "nats_ca": found.ca}
 
 
 def run(work: Coroutine[Any, Any, _Result]) -> _Result:

@@ -26,6 +26,7 @@ def register(commands: Commands[argparse.ArgumentParser], common: argparse.Argum
     listen.add_argument("--user", required=True, help="whose notifications")
     listen.add_argument("--device", help="a name of your own: what was missed under it comes first")
     listen.add_argument("--url", help="of the gateway (default: the mesh that runs on --state, or the settings)")
+    listen.add_argument("--ca", metavar="FILE", help="what a wss gateway is checked against (default: as --url)")
     listen.add_argument("--token", help="the device token (default: one made with the key in --state)")
     listen.add_argument("--json", action="store_true", help="one JSON object a line")
     add_state(listen)
@@ -44,14 +45,15 @@ def _listen(args: argparse.Namespace) -> int:
     if args.token is None:
         sign(args, settings, DEFAULT_TTL_S)  # what is wrong with the key or the names is said before anything is tried
     # With the key at hand each connection gets a token of its own: none expires while this listens.
-    return run(_print_all(args, url, args.token or (lambda: sign(args, settings, DEFAULT_TTL_S))))
+    ca = args.ca or (mesh.ca if mesh else None) or None
+    return run(_print_all(args, url, ca, args.token or (lambda: sign(args, settings, DEFAULT_TTL_S))))
 
 
-async def _print_all(args: argparse.Namespace, url: str, token: str | Callable[[], str]) -> int:
+async def _print_all(args: argparse.Namespace, url: str, ca: str | None, token: str | Callable[[], str]) -> int:
     from tidings.client import Client
 
     show = _as_json if args.json else _as_text
-    async with Client(url, token, device=args.device) as client:
+    async with Client(url, token, device=args.device, ca=ca) as client:
         print(f"listening as {args.user} at {url}", file=sys.stderr, flush=True)
         async for notification in client:
             print(show(notification), flush=True)

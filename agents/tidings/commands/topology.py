@@ -109,7 +109,7 @@ async def _show(connection: Connection, settings: Settings) -> None:
         rows.append((*_numbers(await connection.api(f"STREAM.INFO.{name}")), behind, f"{incarnation:x}"))
     consumers = {topology.TOPICS: topology.FANOUT, topology.BROADCAST: topology.INBOX}
     incarnations = {topology.BROADCAST: f"{found.broadcast:x}"}
-    for name in (topology.TOPICS, topology.DECISIONS, topology.BROADCAST, topology.REVOCATIONS, topology.DEAD):
+    for name in topology.SHARED:
         behind = await _behind(connection, name, consumers[name]) if name in consumers else ""
         numbers = _numbers(await connection.api(f"STREAM.INFO.{name}"))
         rows.append((*numbers, behind, incarnations.get(name, "")))

@@ -93,4 +93,5 @@ async def _erase(settings: Settings, user: str) -> None:
         await connection.finish()
     print(f"inbox: {stored} notifications deleted, with all marks and cursors; devices that are online start anew")
     print(f"log: {logged} notifications deleted; dead letters: {dead}")
-    print("not covered: your backups of either, and copies of the streams elsewhere (mirrors, sources)")
+    print("not covered: your backups of either, and copies of the streams elsewhere (mirrors, sources); revocations of")
+    print("the user's tokens, which are forgotten when no token can be alive")

@@ -1,66 +1,98 @@
-"""Who may be here: a token is looked at when a device comes, when it shows a new one, and when some are revoked."""
+"""Who may start a session now, and when the others are to come back.
+
+A start costs a claim in the store and a consumer at JetStream. `consumer_starts` of them are under way at a time;
+behind them as many wait as get their turn within `start_wait_s`. Everybody else is told at once when to come back: what
+is promised to a device is a slot of its own on a virtual clock, one after the other at the rate at which starts end
+(the virtual scheduling of the generic cell rate algorithm, ITU-T I.371, annex A). So all of a storm come back evenly
+spread, each once, as fast as they can be served.
+
+The rate is the best of the last seconds during which somebody waited all the time. Rather too high than too low: a
+device that comes too early waits, or is told again, for the price of a handshake; one that is told too late is away
+for nothing.
+"""
 
 from __future__ import annotations
 
-import logging
-from typing import TYPE_CHECKING
-
-from tidings.identity import Caller, Device, Verifier
-from tidings.stream.revocations import Revocation, Revocations
-from tidings.wire import codes, frames
-from tidings.wire.errors import NotAllowed, NotAuthenticated
-
-if TYPE_CHECKING:
-    from .hub import Hub
-    from .session import Session
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Final
 
 __all__ = ["Admission"]
 
-_REVOKED = "the token was revoked: sign in again"
-
-log = logging.getLogger("tidings.gateway")
+_MOST_WAITING: Final = 2048
+"""However fast they are served: each costs some 16 KB while it waits."""
+_ASSUMED_PER_S: Final = 500.0
+"""Until it is measured."""
+_SLOWEST_PER_S: Final = 50.0
+"""While nothing can be started, as without JetStream, nobody waits for ever."""
+_WINDOW_S: Final = 0.5
+_FORGETS: Final = 0.8
+"""What is left of the rate after a window in which less was measured."""
+_LONGEST_S: Final = 30.0
+_JITTER: Final = 0.1
 
 
 class Admission:
-    """Decides by keys and revocations; `revoked` is what `Revocations` is to call."""
+    """The starts of one gateway. `now` is the loop's clock, in seconds."""
 
-    def __init__(self, hub: Hub, verifier: Verifier) -> None:
-        self._hub = hub
-        self._verifier = verifier
-        self.revocations = Revocations(hub.connection, hub.settings, self.revoked)
+    def __init__(self, at_once: int, wait_s: float, now: Callable[[], float]) -> None:
+        self._turns = asyncio.Semaphore(at_once)
+        self._at_once = at_once
+        self._wait_s = wait_s
+        self._now = now
+        self._promised = 0.0
+        """The last slot that was given away."""
+        self._window_began: float | None = None
+        """Since when somebody has been waiting without a pause, or the last full window ended."""
+        self._ended = 0
+        self.waiting = 0
+        """How many wait for their turn."""
+        self.per_s = _ASSUMED_PER_S
+        """Starts a second, as measured while there was a queue."""
 
-    async def identify(self, token: str) -> Device:
-        """Whom a token speaks for. Raises `NotAuthenticated`, `KeysUnavailable`, and `NotAllowed` for a service's."""
-        who = await self._verifier.verify(token)
-        if isinstance(who, Caller):
-            raise NotAllowed("the token is a service's: a device needs a user's")
-        return who
+    @property
+    def full(self) -> bool:
+        """Whoever came now would have to wait for too long."""
+        return self.waiting >= min(_MOST_WAITING, max(self._at_once, int(self.per_s * self._wait_s)))
 
-    def check(self, who: Device, device: str) -> None:
-        """Raise `NotAuthenticated` when the token was revoked. What passes is for this turn of the loop."""
-        if self.revocations.refuse(who.user, device, who.issued):
-            raise NotAuthenticated(_REVOKED)
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """Wait for a turn, in the order of asking, and have it until the block ends."""
+        self.waiting += 1
+        try:
+            await self._turns.acquire()
+        finally:
+            self.waiting -= 1
+        try:
+            yield
+        finally:
+            self._turns.release()
+            self._count()
 
-    async def renew(self, session: Session, token: str) -> Device:
-        """Look at the new token of an attached session; raises what `identify` and `check` raise.
+    def _count(self) -> None:
+        now = self._now()
+        if not self.waiting:
+            # What is measured without a queue is how many came.
+            self._window_began = None
+            return
+        if self._window_began is None:
+            self._window_began, self._ended = now, 0
+            return
+        self._ended += 1
+        took = now - self._window_began
+        if took >= _WINDOW_S:
+            self.per_s = max(self._ended / took, self.per_s * _FORGETS, _SLOWEST_PER_S)
+            self._window_began, self._ended = now, 0
 
-        It must be for the same user and device: `NotAllowed` otherwise.
-        """
-        who = await self.identify(token)
-        if who.user != session.user or who.device not in (None, session.device):
-            raise NotAllowed("the token is for another user or device than the one before")
-        self.check(who, session.device)
-        return who
-
-    def revoked(self, new: Revocation) -> None:
-        """End the sessions of tokens that count no more, those that wait for their client included."""
-        for session in list(self._hub.users.get(new.user, ())):
-            who = session.identity
-            if who is None or new.device not in (None, session.device):
-                # One that has nobody yet is looked at when somebody comes in.
-                continue
-            if who.issued is None or who.issued <= new.at:
-                log.info("session %s ends: its token was revoked", session.id)
-                farewell = frames.error(codes.NOT_AUTHENTICATED.name, _REVOKED)
-                self._hub.close_socket(session, codes.NOT_AUTHENTICATED, farewell)
-                self._hub.end(session)
+    def come_back_ms(self) -> int:
+        """Promise a turn to somebody who cannot wait for it here; milliseconds from now, a little at random."""
+        now, step = self._now(), 1 / self.per_s
+        self._promised = max(self._promised, now + self.waiting * step) + step
+        after = self._promised - now
+        if after > _LONGEST_S:
+            # Many more than can be promised anything: half of the longest to all of it.
+            self._promised = now + _LONGEST_S
+            return int(1000 * random.uniform(_LONGEST_S / 2, _LONGEST_S))
+        return int(1000 * after * random.uniform(1, 1 + _JITTER))

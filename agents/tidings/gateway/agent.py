@@ -10,33 +10,33 @@ another gateway, and its consumers end by themselves after `consumer_idle_s`.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from typing import Final
 
-import orjson
 from aiohttp import web
 
 from tidings.identity import Verifier
 from tidings.identity.entitlement import TopicEntitlement
+from tidings.runtime.listening import listen
+from tidings.runtime.porch import Porch, Runner
 from tidings.runtime.service import Service
 from tidings.runtime.settings import Settings
+from tidings.runtime.tls import server_tls
 from tidings.store.guard import GuardedStore
 from tidings.store.port import Store
-from tidings.stream import consumers, topology
-from tidings.stream.connection import ApiError, Connection, connect
+from tidings.stream import gateways, topology
+from tidings.stream.connection import Connection, connect
 from tidings.stream.topology import BROADCAST_PART
 from tidings.wire import codes, subject
-from tidings.wire.errors import StartFailed, TidingsError
+from tidings.wire.errors import TidingsError
 
-from .admission import Admission
+from .authenticator import Authenticator
 from .door import Door
 from .hub import Hub
 from .keeper import Keeper
+from .leaving import Leaving
 from .opening import Opener, give_up
 from .requests import Requests
-from .session import Session
-from .socket import Socket
 
 __all__ = ["Gateway"]
 
@@ -64,11 +64,12 @@ class Gateway(Service):
         self._store = store
         self._routes = routes
         self._connection: Connection | None = None
-        self._runner: web.AppRunner | None = None
+        self._porch: Porch | None = None
+        self._runner: Runner | None = None
         self._hub: Hub | None = None
         self._door: Door | None = None
-        self._admission: Admission | None = None
-        self._keeper: Keeper | None = None
+        self._authenticator: Authenticator | None = None
+        self._leaving: Leaving | None = None
         self.port = 0
         """The port that is listened on, once started."""
 
@@ -87,67 +88,63 @@ class Gateway(Service):
         found = await topology.discover(connection)
         store = GuardedStore(self._store, self._settings.store_timeout_s)
         self._hub = hub = Hub(self._settings, store, connection, found, self.spawn)
-        self._admission = admission = Admission(hub, self._verifier)
+        self._authenticator = authenticator = Authenticator(hub, self._verifier)
         # Before anybody is let in: a gateway that does not know what was revoked is none.
-        await admission.revocations.open()
-        await self._read_floors(hub)
+        await authenticator.revocations.open()
+        await hub.floors.read(connection)
         await connection.listen(subject.INBOX_FLOOR, self._heard_floors)
         await connection.listen(subject.gateway_wildcard(hub.gateway), self._receive)
         await connection.confirm()
         await hub.feed.start(hub.floors[BROADCAST_PART])
         opener = Opener(hub)
-        self._keeper = keeper = Keeper(hub, opener)
-        self._door = Door(hub, opener, admission, Requests(hub, self._entitlement))
+        keeper = Keeper(hub, opener)
+        self._porch = Porch(self._settings.strangers_max)
+        requests = Requests(hub, self._entitlement)
+        self._door = Door(hub, opener, self._porch, authenticator, requests)
+        self._leaving = Leaving(hub, self._door, keeper)
         for loop in (
             keeper.write_cursors,
             keeper.write_notes,
             keeper.keep_time,
             keeper.mend,
             keeper.probe,
+            keeper.watch_memory,
             hub.feed.mend,
-            admission.revocations.follow,
+            authenticator.revocations.follow,
         ):
             self.spawn(loop())
         connection.gulp_s = _GULP_S
         await self._listen()
-        self.log.info("gateway %s listens on %s:%d", hub.gateway, self._settings.host, self.port)
-
-    async def _read_floors(self, hub: Hub) -> None:
-        async def read(partition: int) -> None:
-            try:
-                hub.floors.raise_to(partition, await consumers.inbox_floor(hub.connection, partition))
-            except ApiError as error:
-                # Without inbox agents nothing is in the store: 0 is the floor.
-                self.log.warning("partition %d has no inbox floor: %s", partition, error)
-
-        await asyncio.gather(*map(read, (*range(hub.topology.partitions), BROADCAST_PART)))
+        secured = " with TLS" if self._settings.tls_certificate else ""
+        self.log.info("gateway %s listens on %s:%d%s", hub.gateway, self._settings.host, self.port, secured)
 
     async def _listen(self) -> None:
-        app = web.Application()
+        assert self._porch is not None
         assert self._door is not None
+        app = web.Application(middlewares=[self._porch.middleware()])
         app.router.add_get("/v1/ws", self._door.handle)
         app.router.add_get("/healthz", self._healthz)
         app.router.add_get("/readyz", self._readyz)
         if self._routes is not None:
             self._routes(app)
-        self._runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=1.0)
-        await self._runner.setup()
-        host, port = self._settings.host, self._settings.port
-        site = web.TCPSite(self._runner, host, port, backlog=4096)
-        try:
-            # Cancelled half-way, asyncio would leave a socket that listens and that nobody has.
-            listening = asyncio.ensure_future(site.start())
-            try:
-                await asyncio.shield(listening)
-            except asyncio.CancelledError:
-                await asyncio.wait([listening])
-                raise
-        except OSError as error:
-            raise StartFailed(
-                f"the gateway cannot listen on {host}:{port}: {error.strerror or error}. Is something else running "
-                "there? Choose another with --port or TIDINGS_PORT"
-            ) from None
-        self.port = self._runner.addresses[0][1]
+        self._runner = Runner(
+            app,
+            self._porch,
+            access_log=None,
+            handle_signals=False,
+            shutdown_timeout=1.0,
+            # It also bounds how long a request may take to come.
+            keepalive_timeout=self._settings.hello_timeout_s,
+            # A body that nobody asked for is not waited for.
+            lingering_time=1.0,
+        )
+        settings = self._settings
+        tls = server_tls(settings)
+        if tls is not None:
+            self.spawn(tls.watch())
+        self.port = await listen(
+            self._runner, "gateway", settings.host, settings.port, backlog=4096, tls=tls, variable="TIDINGS_PORT"
+        )
 
     # From NATS
 
@@ -158,6 +155,8 @@ class Gateway(Service):
             hub.on_pull_reply(where, reply, header, body)
         elif where.startswith(b"broadcast."):
             hub.feed.receive(where, reply, body)
+        elif b".deleted." in where:
+            hub.deletions.answered(where.rpartition(b".")[2].decode())
         elif where.endswith(b".claim"):
             # Who cannot be answered is no gateway: it would take the session, and nobody would have its cursor.
             if reply:
@@ -165,8 +164,7 @@ class Gateway(Service):
         elif where.endswith(b".topics"):
             hub.follows.asked(body.decode(), reply.decode())
         elif where.endswith(b".user"):
-            told = orjson.loads(body)
-            hub.tell_here(told["user"], [frame.encode() for frame in told["frames"]])
+            hub.tell_here(*gateways.told(body))
         else:
             hub.on_pull_reply(where, reply, header, body)
 
@@ -180,8 +178,8 @@ class Gateway(Service):
     async def _cut_off(self) -> None:
         if self._hub is not None:
             self._hub.follows.cut_off()
-        if self._admission is not None:
-            self._admission.revocations.cut_off()
+        if self._authenticator is not None:
+            self._authenticator.revocations.cut_off()
 
     async def _reconnected(self) -> None:
         """The connection to NATS is back: no pull survived it, and perhaps no consumer."""
@@ -189,10 +187,11 @@ class Gateway(Service):
         if hub is None or self._connection is None:
             return
         self.log.info("the connection to NATS is back")
-        if self._admission is not None:
-            self._admission.revocations.found()
+        if self._authenticator is not None:
+            self._authenticator.revocations.found()
         for session in list(hub.by_consumer.values()):
             session.pull()
+        hub.deletions.reconnected()
         hub.feed.lost()
         self.spawn(hub.follows.reload_all())
         self.spawn(self._check_topology(hub))
@@ -207,7 +206,7 @@ class Gateway(Service):
             self.log.warning("the streams are new ones, or were restored: every session starts again")
             sessions = list(hub.by_id.values())
             hub.change_topology(found)
-            await self._read_floors(hub)
+            await hub.floors.read(hub.connection)
             hub.feed.anew()
             for session in sessions:
                 hub.close_socket(session, codes.RESTART, hub.bye(2000))
@@ -216,45 +215,14 @@ class Gateway(Service):
     # Leaving
 
     async def _drain(self) -> None:
-        """Tell every client to come back elsewhere, spread over the drain time, and write all cursors."""
-        assert self._door is not None
-        assert self._keeper is not None
-        hub, settings = self.hub, self._settings
-        self._door.shut()
-        sessions = [session for session in hub.by_id.values() if session.socket is not None]
-        pause = 0.05
-        slice_size = max(1, int(len(sessions) * pause / settings.drain_s) + 1) if settings.drain_s else len(sessions)
-        sent_away: list[Socket] = []
-        while sessions:
-            batch, sessions = sessions[:slice_size], sessions[slice_size:]
-            sent_away.extend(filter(None, map(self._send_away, batch)))
-            if sessions:
-                await asyncio.sleep(pause)
-        for session in list(hub.by_id.values()):
-            hub.end(session)
-        await self._keeper.flush()
-        await self._keeper.flush_notes()
-        # Last, and for all of them together: a client that does not answer takes its time.
-        await asyncio.gather(*(socket.gone() for socket in sent_away))
-
-    def _send_away(self, session: Session) -> Socket | None:
-        socket = session.socket
-        if socket is not None:
-            self.hub.detach(session, socket, linger=False)
-            socket.dismiss(codes.RESTART, self.hub.bye(int(self._settings.drain_s * 1000)))
-        return socket
+        assert self._leaving is not None
+        await self._leaving.drain()
 
     async def _stop(self) -> None:
-        if self._hub is not None and self._keeper is not None:
-            if self._door is not None:
-                self._door.shut()
-            sockets = [session.socket for session in self._hub.by_id.values() if session.socket is not None]
-            for session in list(self._hub.by_id.values()):
-                self._hub.close_socket(session, codes.RESTART, self._hub.bye(1000))
-                self._hub.end(session)
-            await self._keeper.flush()
-            await self._keeper.flush_notes()
-            await asyncio.gather(*(socket.gone() for socket in sockets))
+        if self._leaving is not None:
+            await self._leaving.stop()
+        if self._hub is not None:
+            self._hub.deletions.close()
         if self._runner is not None:
             await self._runner.cleanup()
         if self._connection is not None:
@@ -274,7 +242,7 @@ class Gateway(Service):
             problems.append(f"the gateway is {self.state.value}")
         if self._connection is None or not self._connection.is_connected:
             problems.append("no connection to NATS")
-        if self._admission is not None and not self._admission.revocations.current:
+        if self._authenticator is not None and not self._authenticator.revocations.current:
             problems.append("it is not known which tokens are revoked")
         if self._verifier.problem is not None:
             problems.append(self._verifier.problem)

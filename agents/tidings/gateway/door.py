@@ -9,7 +9,8 @@ from typing import Final
 from aiohttp import web
 
 from tidings.identity import Device
-from tidings.store.port import Holder
+from tidings.runtime.porch import Porch
+from tidings.store.port import ANONYMOUS, Holder
 from tidings.stream import consumers
 from tidings.wire import codes, frames
 from tidings.wire.codes import Close
@@ -28,9 +29,11 @@ from tidings.wire.position import Place, Position
 from tidings.wire.subject import escape
 
 from .admission import Admission
+from .authenticator import Authenticator
 from .conversation import Conversation
 from .handshake import refuse
 from .hub import Hub, new_id
+from .meter import CONNECT_FRAMES
 from .opening import Opener, Plan
 from .requests import Requests
 from .session import Session
@@ -39,6 +42,8 @@ from .socket import Socket
 __all__ = ["Door"]
 
 _RETRY_SPREAD_MS: Final = 3000
+_CROWDED_MS: Final = 30_000
+"""How long a device that is one too many stays away."""
 
 log = logging.getLogger("tidings.gateway")
 
@@ -46,20 +51,26 @@ log = logging.getLogger("tidings.gateway")
 class _Refused(Exception):
     """The connection ends here, with this close."""
 
-    def __init__(self, close: Close, message: str, code: str | None = None) -> None:
+    def __init__(self, close: Close, message: str, code: str | None = None, *, after_ms: int | None = None) -> None:
         super().__init__(message)
         self.close = close
         self.code = code
+        self.after_ms = after_ms
+        """When to come back; None for some time soon."""
 
 
 class Door:
     """Handles ``GET /v1/ws``."""
 
-    def __init__(self, hub: Hub, opener: Opener, admission: Admission, requests: Requests) -> None:
+    def __init__(
+        self, hub: Hub, opener: Opener, porch: Porch, authenticator: Authenticator, requests: Requests
+    ) -> None:
         self._hub = hub
+        self._porch = porch
         self._opener = opener
-        self._admission = admission
+        self._authenticator = authenticator
         self._requests = requests
+        self._admission = Admission(hub.settings.consumer_starts, hub.settings.start_wait_s, hub.now)
         self.open = True
         """Cleared when the gateway drains."""
         self._entering: set[Socket] = set()
@@ -71,15 +82,15 @@ class Door:
         refusal = refuse(request, settings)
         if refusal is not None:
             return refusal
-        socket = Socket(settings.frame_max_bytes, settings.write_buffer_bytes)
-        response = await socket.accept(request)
+        socket = Socket(settings.frame_max_bytes, settings.write_buffer_bytes, self._hub.meters.limits)
         self._entering.add(socket)
         try:
-            session = await self._enter(socket, request.headers.get("Authorization"))
+            response = await socket.accept(request)
+            session = await self._enter(socket, request)
             self._entering.discard(socket)
             if session is not None:
                 try:
-                    await Conversation(self._hub, self._requests, self._admission, session, socket).run()
+                    await Conversation(self._hub, self._requests, self._authenticator, session, socket).run()
                 finally:
                     self._hub.detach(session, socket, linger=socket.may_return)
         except _Refused as refused:
@@ -87,20 +98,22 @@ class Door:
             farewell = frames.error(refused.code or refused.close.name, str(refused))
             if refused.close.reconnect:
                 socket.send(farewell)
-                farewell = self._hub.bye(_RETRY_SPREAD_MS)
+                after = refused.after_ms
+                farewell = self._hub.bye(_RETRY_SPREAD_MS) if after is None else frames.bye(after)
             socket.dismiss(refused.close, farewell)
         finally:
-            self._entering.discard(socket)
+            self._porch.let_in(request.protocol)
             await socket.gone()
+            self._entering.discard(socket)
         return response
 
     def shut(self) -> None:
         """Let nobody in any more; who stands in the door is sent elsewhere."""
         self.open = False
         for socket in list(self._entering):
-            socket.dismiss(codes.RESTART)
+            socket.dismiss(codes.RESTART, self._hub.bye(_RETRY_SPREAD_MS))
 
-    async def _enter(self, socket: Socket, authorization: str | None) -> Session | None:
+    async def _enter(self, socket: Socket, request: web.Request) -> Session | None:
         """Hello, identity, session. None when the connection ended or was taken over on the way."""
         settings = self._hub.settings
         if not self.open:
@@ -110,15 +123,17 @@ class Door:
                 frame = await socket.receive()
         except TimeoutError:
             raise _Refused(codes.NO_HELLO, f"no hello came within {settings.hello_timeout_s:g} s") from None
+        self._porch.let_in(request.protocol)
         if frame is None:
             return None
         hello = self._read_hello(frame)
-        who = await self._identify(hello, authorization)
-        device = who.device or hello.device or f"session-{new_id()}"
+        who = await self._identify(hello, request.headers.get("Authorization"))
+        device = who.device or hello.device or f"{ANONYMOUS}{new_id()}"
+        # Before it can put another connection of the device out, or anything on the user's account.
+        self._check_revoked(who, device)
+        self._count(socket, who.user)
         if hello.device is not None and hello.device != device:
             raise _Refused(codes.NOT_ALLOWED, "the token is for another device than the hello names")
-        # Before it can put another connection of the device out.
-        self._check_revoked(who, device)
         window = min(hello.window or settings.window, settings.window_max)
         return await self._join(socket, who, device, window, _since(hello))
 
@@ -146,7 +161,7 @@ class Door:
         if not token:
             raise _Refused(codes.NOT_AUTHENTICATED, "a token is missing: send it in the hello or as a bearer header")
         try:
-            return await self._admission.identify(token)
+            return await self._authenticator.identify(token)
         except KeysUnavailable as error:
             raise _Refused(codes.OVERLOADED, str(error), error.code) from None
         except NotAuthenticated as error:
@@ -156,9 +171,18 @@ class Door:
 
     def _check_revoked(self, who: Device, device: str) -> None:
         try:
-            self._admission.check(who, device)
+            self._authenticator.check(who, device)
         except NotAuthenticated as error:
             raise _Refused(codes.NOT_AUTHENTICATED, str(error)) from None
+
+    def _count(self, socket: Socket, user: str) -> None:
+        """From here on it is the user's account that a connection is on, and each costs something."""
+        now = self._hub.now()
+        socket.meter = self._hub.meters.of(user, now)
+        owed_s = socket.meter.frames(now, CONNECT_FRAMES)
+        if owed_s > 0:
+            message = f"more was sent than a user's devices may: come back in {owed_s:.0f} s, and send less"
+            raise _Refused(codes.TOO_MANY_REQUESTS, message, after_ms=int(owed_s * 1000))
 
     async def _join(
         self, socket: Socket, who: Device, device: str, window: int, since: Position | None
@@ -166,10 +190,11 @@ class Door:
         """Take the device's session over, or start one. The newest socket of a device wins, at every await."""
         hub = self._hub
         while True:
+            if not self.open or not socket.open:
+                return None
             session = hub.find(who.user, device)
             if session is None:
-                if len(hub) >= hub.settings.max_sessions:
-                    raise _Refused(codes.OVERLOADED, f"this gateway has its {hub.settings.max_sessions} sessions")
+                self._check_room(who.user)
                 session = hub.add(who.user, device)
                 session.opening = hub.spawn(self._open(session, window, since))
             if session.suitor is not None:
@@ -202,9 +227,26 @@ class Door:
             hub.spawn_for(session, self._resize(session, window))
         return session
 
+    def _check_room(self, user: str) -> None:
+        """Refuse one more session where there is no place for it, now or at all."""
+        hub = self._hub
+        if self._admission.full:
+            after_ms = self._admission.come_back_ms()
+            raise _Refused(codes.OVERLOADED, "too many devices come at a time", after_ms=after_ms)
+        if len(hub) >= hub.settings.max_sessions:
+            raise _Refused(codes.OVERLOADED, f"this gateway has its {hub.settings.max_sessions} sessions")
+        if hub.overloaded:
+            raise _Refused(codes.OVERLOADED, "this gateway has all the memory that it may")
+        if not hub.make_room(user):
+            message = f"{hub.settings.devices_max} devices of this user are connected here"
+            raise _Refused(codes.TOO_MANY_DEVICES, message, after_ms=_CROWDED_MS)
+
     async def _open(self, session: Session, window: int, since: Position | None) -> Plan | StreamUnavailable:
         try:
-            return await self._opener.start(session, window, since)
+            async with self._admission.turn():
+                if session.suitor is None or not session.suitor.open:
+                    raise StreamUnavailable("the client has left before its turn came")
+                return await self._opener.start(session, window, since)
         except StreamUnavailable as error:
             self._hub.end(session)
             return error

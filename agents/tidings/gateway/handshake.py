@@ -48,4 +48,6 @@ def _answer(refusal: Refusal, detail: str) -> web.Response:
         "detail": detail,
         "code": refusal.code,
     }
-    return web.Response(status=refusal.status, body=orjson.dumps(problem), content_type="application/problem+json")
+    response = web.Response(status=refusal.status, body=orjson.dumps(problem), content_type="application/problem+json")
+    response.force_close()
+    return response

@@ -20,18 +20,20 @@ from tidings.identity import Device
 from tidings.runtime.settings import Settings
 from tidings.store.inbox import UserInbox
 from tidings.store.port import CursorUpdate, Holder, Store
-from tidings.stream import consumers
+from tidings.stream import consumers, gateways
 from tidings.stream.connection import Connection
-from tidings.stream.topology import BROADCAST_PART, Topology
+from tidings.stream.floors import Floors
+from tidings.stream.topology import BROADCAST_PART, Topology, notify_stream
 from tidings.wire import codes, frames, subject
 from tidings.wire.codes import Close
 from tidings.wire.errors import StreamUnavailable
-from tidings.wire.position import Position
+from tidings.wire.position import BROADCAST, Position, plane_of
 
+from .deletions import Deletions
 from .expiry import Expiries
 from .feed import Feed
-from .floors import Floors
 from .follows import Follows
+from .meter import Limits, Meters
 from .recent import RecentIds
 from .session import Session, SessionState
 from .socket import Socket
@@ -72,7 +74,23 @@ class Hub:
         self.gateway = new_id(8)
         self.pull_prefix = subject.gateway_session(self.gateway, "")
         self.pull_expires_ns = int(settings.pull_expires_s * 1_000_000_000)
+        self.deletions = Deletions(
+            connection,
+            lambda name: subject.gateway_deleted(self.gateway, name),
+            at_once=max(1, settings.api_requests // 2),
+            most=settings.max_sessions,
+        )
         self.recent = RecentIds()
+        self.meters = Meters(
+            Limits(
+                settings.client_frames_per_s,
+                settings.client_frames_burst,
+                settings.client_bytes_per_s,
+                settings.client_bytes_burst,
+            )
+        )
+        self.overloaded = False
+        """The process has as much memory as it may: no new sessions."""
         self.feed = Feed(self)
         self.follows = Follows(self)
         self.expiries = Expiries(settings.token_leeway_s)
@@ -112,6 +130,18 @@ class Hub:
 
     def __len__(self) -> int:
         return len(self.by_id)
+
+    def make_room(self, user: str) -> bool:
+        """Whether the user may have one more device here. One that only lingers makes room, the longest gone first:
+        its cursor is kept. One that is connected does not: who has a stolen token drives nobody out."""
+        sessions = self.users.get(user, [])
+        if len(sessions) < self.settings.devices_max:
+            return True
+        lingering = [session for session in sessions if session.state is SessionState.LINGERING]
+        if not lingering:
+            return False
+        self.end(min(lingering, key=lambda session: session.waiting_since))
+        return True
 
     def add(self, user: str, device: str) -> Session:
         """A new session, starting; the caller starts it."""
@@ -173,12 +203,12 @@ class Hub:
         session = self.by_consumer.get(words[at + 1])
         if session is None:
             consumers.nak(self.connection, reply, _STRAY_DELAY_S)
-            consumers.delete(self.connection, words[at].decode(), words[at + 1].decode())
+            self.deletions.add(words[at].decode(), words[at + 1].decode())
             return
         session.receive(words[at + 3], words[at + 4], reply, body)
 
     def _on_status(self, where: bytes, header: bytes | None) -> None:
-        words = where.decode().split(".")
+        words = subject.readable(where).split(".")
         if len(words) != 4 or header is None or not words[3].isdigit():
             return
         if words[2] == "feed":
@@ -261,10 +291,15 @@ class Hub:
             self.spawn_for(session, self._bury(session, text, entry))
 
     async def _bury(self, session: Session, text: str, entry: Entry) -> None:
+        if plane_of(text) == BROADCAST:
+            plane, origin = "broadcast", {"stream": notify_stream(BROADCAST_PART)}
+        else:
+            where = subject.part_user(session.token, session.partition)
+            plane, origin = "user", {"origin_subject": where, "stream": session.stream}
         try:
             await consumers.bury(
                 self.connection,
-                "user",
+                plane,
                 entry.body,
                 key=f"undelivered.{text}.{session.token}.{subject.escape(session.device, 'device id')}",
                 reason="undelivered",
@@ -272,7 +307,9 @@ class Hub:
                 user=subject.escape(session.user),
                 device=subject.escape(session.device, "device id"),
                 position=text,
+                sequence=entry.position.sequence,
                 attempts=entry.attempts,
+                **origin,
             )
         except StreamUnavailable as error:
             # It stays under way; the next redelivery tries again.
@@ -341,7 +378,7 @@ class Hub:
             del self.users[session.user]
         if session.consumer:
             self.by_consumer.pop(session.consumer.encode(), None)
-            consumers.delete(self.connection, session.stream, session.consumer)
+            self.deletions.add(session.stream, session.consumer)
         self.expiries.discard(session)
         self.replaying.discard(session)
         self.blind.discard(session)
@@ -385,9 +422,7 @@ class Hub:
         """Send frames to all live sessions of a user, here and on the other gateways that hold one."""
         self.tell_here(user, told, but=but)
         elsewhere = {holder.gateway for holder in await self.store.holders(user)} - {self.gateway}
-        message = orjson.dumps({"user": user, "frames": [frame.decode() for frame in told]})
-        for gateway in elsewhere:
-            self.connection.send(subject.gateway_user(gateway), message)
+        gateways.tell(self.connection, elsewhere, user, told)
 
     def tell_here(self, user: str, told: list[bytes], *, but: Session | None = None) -> None:
         for session in self.live(user):

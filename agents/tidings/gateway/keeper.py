@@ -11,6 +11,7 @@ import time
 from itertools import islice
 
 from tidings.runtime.backoff import Backoff
+from tidings.runtime.memory import give_back, resident_bytes
 from tidings.store.port import Delivered, DeliveredMark
 from tidings.stream import consumers
 from tidings.wire import codes
@@ -25,6 +26,9 @@ __all__ = ["Keeper"]
 
 _SLICE = 500
 """Cursors of one write."""
+_LOOK_S = 1.0
+_SLOW_BYTES = 65_536
+"""Who leaves more than that unread while memory is short is closed."""
 
 log = logging.getLogger("tidings.gateway")
 
@@ -35,6 +39,7 @@ class Keeper:
     def __init__(self, hub: Hub, opener: Opener) -> None:
         self._hub = hub
         self._opener = opener
+        self._flushing = asyncio.Lock()
 
     # Cursors
 
@@ -53,7 +58,11 @@ class Keeper:
                 await self._end_blindness()
 
     async def flush(self) -> None:
-        """Write every cursor that moved, and the last ones of sessions that ended."""
+        """Write every cursor that moved, and the last ones of sessions that ended; one after the other."""
+        async with self._flushing:
+            await self._flush()
+
+    async def _flush(self) -> None:
         hub = self._hub
         while hub.moved or hub.released:
             released = list(islice(hub.released.values(), _SLICE))
@@ -158,6 +167,35 @@ class Keeper:
         else:
             socket.ping()
 
+    # Memory
+
+    async def watch_memory(self) -> None:
+        """While the process has more memory than it may: no new sessions, and who does not read is closed first."""
+        hub, most = self._hub, self._hub.settings.memory_max_bytes
+        while most:
+            used = resident_bytes()
+            if used is None:
+                log.warning("this system does not say how much memory a process has: memory_max_bytes has no effect")
+                return
+            if (used > most) != hub.overloaded:
+                hub.overloaded = used > most
+                log.warning("%d MB of %d MB are used: %s", used >> 20, most >> 20, _CONSEQUENCE[hub.overloaded])
+            if hub.overloaded:
+                self._close_slow(used - most)
+                give_back()
+            await asyncio.sleep(_LOOK_S)
+
+    def _close_slow(self, excess: int) -> None:
+        hub = self._hub
+        sessions = [(session.unread_bytes, session) for session in hub.by_id.values()]
+        slow = sorted((one for one in sessions if one[0] > _SLOW_BYTES), key=lambda one: one[0], reverse=True)
+        for size, session in slow:
+            if excess <= 0:
+                break
+            log.info("session %s leaves %d bytes unread while memory is short: closed", session.id, size)
+            hub.close_socket(session, codes.TOO_SLOW)
+            excess -= size
+
     # Consumers
 
     async def mend(self) -> None:
@@ -231,6 +269,9 @@ class Keeper:
         log.warning("NATS node %s lost its consumers: %d sessions get new ones", node or "(alone)", len(gone))
         for session in gone:
             hub.lost(session)
+
+
+_CONSEQUENCE = {True: "no new sessions", False: "new sessions again"}
 
 
 def _mark(user: str, device: str, entry: Entry, at: float) -> DeliveredMark:

@@ -104,11 +104,10 @@ def give_up(hub: Hub, request: bytes) -> bytes:
 
 
 class Opener:
-    """Starts sessions, at most `consumer_starts` at a time, and runs their catch-up."""
+    """Starts sessions and runs their catch-up."""
 
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
-        self._starts = asyncio.Semaphore(hub.settings.consumer_starts)
 
     async def start(self, session: Session, window: int, since: Position | None) -> Plan:
         """Bring a new session up to its consumer. Raises `StreamUnavailable` when that cannot be."""
@@ -214,22 +213,19 @@ class Opener:
         """From a sequence, or (None) from as far back as the overlap reaches; returns behind which it begins."""
         settings, name = self._hub.settings, f"{session.id}-{new_id(4)}"
         session.start_at = start or 0
-        async with self._starts:
-            if session.has_ended():
-                return 0
-            node, begins_behind = await consumers.create_session(
-                self._hub.connection,
-                session.partition,
-                name,
-                session.token,
-                start=start,
-                start_time=datetime.now(UTC) - timedelta(seconds=settings.overlap_s),
-                window=session.window.size,
-                ack_wait_s=settings.ack_wait_s,
-                idle_s=settings.consumer_idle_s,
-            )
+        node, begins_behind = await consumers.create_session(
+            self._hub.connection,
+            session.partition,
+            name,
+            session.token,
+            start=start,
+            start_time=datetime.now(UTC) - timedelta(seconds=settings.overlap_s),
+            window=session.window.size,
+            ack_wait_s=settings.ack_wait_s,
+            idle_s=settings.consumer_idle_s,
+        )
         if session.has_ended():
-            consumers.delete(self._hub.connection, session.stream, name)
+            self._hub.deletions.add(session.stream, name)
         else:
             self._hub.adopt_consumer(session, name, node)
         return begins_behind
@@ -242,6 +238,7 @@ class Opener:
         start = min(owed, default=max(session.start_at, seen + 1))
         # A blind session that has seen nothing began at a time, not at a sequence.
         timed = session.blind and start <= 1
+        # Not one of the hub's deletions: a node that is gone answers none, and those of others would wait for it.
         consumers.delete(self._hub.connection, session.stream, session.consumer)
         begins_behind = await self._make_consumer(session, None if timed else start)
         if session.has_ended():

@@ -92,14 +92,7 @@ class Requests:
             query.before,
             query.after,
         )
-        return frames.page(
-            query.ref,
-            (
-                (item.position.text(plane), item.seen, item.read, item.archived, item.delivered, item.body)
-                for plane, item in page.items
-            ),
-            None if page.next is None else str(page.next),
-        )
+        return frames.page(query.ref, page.rows(), None if page.next is None else str(page.next))
 
     async def _mark(self, session: Session, socket: Socket, mark: Mark) -> None:
         inbox, user = self._hub.inbox, session.user

@@ -17,9 +17,14 @@ from urllib.parse import urlsplit
 
 from tidings.wire.errors import BadSettings
 
-__all__ = ["ENVIRONMENT_PREFIX", "Settings", "listed"]
+from .address import shown
+
+__all__ = ["ENVIRONMENT_PREFIX", "INSECURE", "Settings", "listed"]
 
 ENVIRONMENT_PREFIX: Final = "TIDINGS_"
+
+INSECURE: Final = ("gateway", "api", "nats", "nats-credentials", "cql", "token-key")
+"""What the setting `insecure` may name; see `runtime.exposure`."""
 
 _LEAST_SECRET: Final = 32
 _MOST_SECRETS: Final = 8
@@ -39,7 +44,12 @@ class Settings:
 
     # The log
     nats_url: str = _text("nats://127.0.0.1:4222", "servers of the NATS cluster, comma-separated")
-    nats_credentials: str = _text("", "path of a NATS credentials file (needs tidings[nkeys]); empty for none")
+    nats_credentials: str = _text("", "path of a NATS credentials file, or of an nkey's seed (needs tidings[nkeys]); empty for none")
+    nats_ca: str = _text(
+        "", "path of the CA certificates (PEM) that NATS servers are checked against; empty for the system's"
+    )
+    nats_certificate: str = _text("", "path of our certificate (PEM) for NATS servers that ask for one")
+    nats_key: str = _text("", "path of its private key (PEM)")
     partitions: int = _number(64, 1, 1024, "partitions of the personal plane; fixed when the topology is created")
     replicas: int = _number(3, 1, 5, "replicas of every stream")
     stream_max_age_s: int = _number(21_600, 1, 2_592_000, "how long the log keeps a notification")
@@ -55,6 +65,11 @@ class Settings:
     store_timeout_s: float = _number(1, 0.05, 60, "how long the store may take for what a client waits for")
     cql_replication: str = _text("", "copies in each datacenter of a new CQL keyspace, such as dc1:3 or dc1:3,dc2:3")
     retention_days: int = _number(90, 1, 3650, "how long the inbox keeps a notification")
+
+    # The doors: gateway and api
+    tls_certificate: str = _text("", "path of the certificate (PEM, with its chain) to serve TLS with; empty for none")
+    tls_key: str = _text("", "path of its private key (PEM, not encrypted)")
+    tls_check_s: float = _number(5, 0.05, 3600, "how often those files are looked at for renewed ones")
 
     # The gateway
     host: str = _text("127.0.0.1", "address to listen on")
@@ -95,6 +110,19 @@ class Settings:
     write_buffer_bytes: int = _number(262_144, 4096, 16_777_216, "most unsent bytes of one connection")
     write_stall_s: float = _number(10, 0.1, 600, "how long a client may leave its buffer full before it is closed")
     requests_per_session: int = _number(16, 1, 1000, "most inbox, mark and count requests under way on a connection")
+    client_frames_per_s: float = _number(
+        50, 0.1, 100_000, "frames a second of a user's devices on one gateway; acks of what they were sent are free"
+    )
+    client_frames_burst: int = _number(300, 10, 1_000_000, "how many of these frames may come at once")
+    client_bytes_per_s: float = _number(65_536, 100, 2**30, "bytes a second of a user's devices on one gateway")
+    client_bytes_burst: int = _number(1_048_576, 1024, 2**30, "how many of these bytes may come at once")
+    devices_max: int = _number(32, 1, 10_000, "most devices of a user on one gateway, lingering ones included")
+    strangers_max: int = _number(
+        5000, 10, 1_000_000, "most connections that have not said hello; above it the one that has not for longest goes"
+    )
+    memory_max_bytes: int = _number(
+        2_147_483_648, 0, 2**50, "above it, of the whole process, no new session is taken (Linux); 0 for no limit"
+    )
     pull_expires_s: float = _number(300, 1, 3600, "how long one pull request waits at the server")
     consumer_idle_s: float = _number(300, 10, 86_400, "how long a killed gateway's consumers stay")
     subscriptions_max: int = _number(10_000, 1, 1_000_000, "most subscriptions of a user")
@@ -109,7 +137,10 @@ class Settings:
     subscribe_callback_ttl_s: float = _number(60, 0, 86_400, "how long its answer counts")
     subscribe_callback_cache: int = _number(100_000, 0, 10_000_000, "most answers of it that are remembered")
     subscribe_callback_at_once: int = _number(32, 1, 10_000, "most questions to it that are under way")
-    consumer_starts: int = _number(64, 1, 4096, "most consumers that a gateway makes at a time")
+    consumer_starts: int = _number(64, 1, 4096, "most sessions that a gateway starts or mends at a time")
+    start_wait_s: float = _number(
+        2, 0.1, 10, "how long a device may wait to be started; who would wait longer is told when to come back"
+    )
     delivery_marks: str = _text(
         "on", "note in the inbox when and where each was delivered first", choices=("on", "off")
     )
@@ -120,7 +151,11 @@ class Settings:
     )
     claim_timeout_ms: int = _number(100, 1, 10_000, "how long another gateway may take to hand a device over")
     probe_interval_s: float = _number(1, 0.1, 60, "how often a gateway asks each NATS node for one of its consumers")
-    drain_s: float = _number(4, 0, 300, "over how long a stopping gateway closes its sockets")
+    drain_notice_s: float = _number(
+        0, 0, 300, "how long a stopping gateway is not ready and still serves, so that a load balancer can notice"
+    )
+    drain_per_s: int = _number(500, 1, 100_000, "how many devices a second a stopping gateway sends away")
+    drain_s: float = _number(20, 0, 300, "after how long at most a stopping gateway has closed all its sockets")
 
     # The inbox agent
     inbox_batch: int = _number(256, 1, 10_000, "most notifications of one write")
@@ -136,9 +171,43 @@ class Settings:
     )
     fanout_ack_wait_s: float = _number(60, 1, 3600, "how long a topic message may take before another agent tries")
 
+    # The HTTP api agent
+    api_host: str = _text("127.0.0.1", "address that the HTTP api listens on")
+    api_port: int = _number(8081, 0, 65_535, "port of the HTTP api; 0 for any")
+    api_body_max_bytes: int = _number(1_048_576, 32_768, 67_108_864, "largest body of a request")
+    api_body_timeout_s: float = _number(10, 0.1, 300, "how long the body of a request may take to arrive")
+    api_write_timeout_s: float = _number(10, 0.1, 300, "how long a client may take to read its answer")
+    api_publish_timeout_s: float = _number(5, 0.1, 60, "how long a publish over HTTP may wait for the log")
+    api_concurrency: int = _number(256, 1, 100_000, "most requests under way in one api agent; more get 503")
+    api_concurrency_per_credential: int = _number(64, 1, 100_000, "most requests under way of one user or service")
+    api_in_flight: int = _number(10_000, 1000, 1_000_000, "most unconfirmed notifications of one api agent")
+    api_requests_per_minute: int = _number(60_000, 1, 100_000_000, "requests of one service at one api agent")
+    api_user_requests_per_minute: int = _number(
+        1200, 1, 100_000_000, "requests about one user, by the user or by one service, at one api agent"
+    )
+    api_notifications_per_minute: int = _number(
+        600_000, 1000, 1_000_000_000, "notifications that one service publishes at one api agent"
+    )
+
+    # Event schemas
+    schema_dir: str = _text("", "folder with schemas of your own event types, <type>.json each; empty for none")
+    schema_check: str = _text(
+        "always",
+        "which notifications inbox and fan-out agents hold against their type's schema",
+        choices=("always", "sampled", "off"),
+    )
+    schema_sample: float = _number(0.01, 0, 1, "share of the notifications that are checked where schema_check=sampled")
+    schema_unknown: str = _text(
+        "allow", "what becomes of a notification whose type has no schema", choices=("allow", "refuse")
+    )
+
     # All
+    insecure: str = _text(
+        "", "what may be without protection, comma-separated: gateway, api, nats, nats-credentials, cql, token-key"
+    )
     log_level: str = _text("info", "how much is logged", choices=("debug", "info", "warning", "error"))
     request_timeout_s: float = _number(5, 0.1, 60, "how long an answer of JetStream may take")
+    api_requests: int = _number(64, 1, 4096, "most requests that a process has under way at JetStream's API")
 
     def __post_init__(self) -> None:
         problems = _problems({item.name: getattr(self, item.name) for item in fields(self)})
@@ -206,14 +275,27 @@ def _problems(values: Mapping[str, Any]) -> dict[str, str]:
     if "nats_url" not in found:
         for server in values["nats_url"].split(","):
             if not _is_server(server):
-                found["nats_url"] = f"nats_url has the server {server!r}: it must be like nats://127.0.0.1:4222"
+                found["nats_url"] = f"nats_url has the server {shown(server)!r}: it must be like nats://127.0.0.1:4222"
                 break
     if not found.keys() & {"window", "window_max"} and values["window"] > values["window_max"]:
         found["window"] = (
             f"window is {values['window']}: it may not be above window_max, which is {values['window_max']}"
         )
+    for certificate, key in (("tls_certificate", "tls_key"), ("nats_certificate", "nats_key")):
+        if not found.keys() & {certificate, key} and bool(values[certificate]) != bool(values[key]):
+            missing = key if values[certificate] else certificate
+            found[missing] = f"{missing} is not set: {certificate} and {key} belong together, give both or neither"
+    unknown = [] if "insecure" in found else sorted(set(listed(values["insecure"])) - set(INSECURE))
+    if unknown:
+        found["insecure"] = f"insecure has {unknown[0]!r}: it may have {', '.join(INSECURE)}, comma-separated"
     if "token_key" not in found:
         found.update(_secrets_problem(values["token_key"]))
+    if not found.keys() & {"client_bytes_burst", "frame_max_bytes"}:
+        burst, frame = values["client_bytes_burst"], values["frame_max_bytes"]
+        if burst < frame:
+            found["client_bytes_burst"] = (
+                f"client_bytes_burst is {burst}: it may not be below frame_max_bytes, which is {frame}"
+            )
     return found
 
 

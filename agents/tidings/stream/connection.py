@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import ssl
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any, Final
 
@@ -20,7 +21,9 @@ from nats.aio.client import DEFAULT_BUFFER_SIZE, Client
 from nats.aio.subscription import Subscription
 from nats.protocol.parser import AWAITING_CONTROL_LINE, Parser
 
+from tidings.runtime.address import has_tls, shown
 from tidings.runtime.settings import Settings
+from tidings.runtime.tls import ClientTls
 from tidings.wire.errors import StreamUnavailable
 from tidings.wire.subject import replies
 
@@ -107,6 +110,10 @@ class Connection(Client):
         self.request_timeout_s = 5.0
         self._forbidden = ""
         self._warn_from = 0.0
+        self.tls: ClientTls | None = None
+        """Whether the server must have TLS, and what its certificate is checked against."""
+        self.api_turns = asyncio.Semaphore(64)
+        """Bounds the requests under way at JetStream's API, which drops its whole queue when 10,000 wait in it."""
         self.gulp_s = 0.0
         """How long to leave what comes in the socket, after everything was read: many messages then cost one
         wake-up and one read. For who is in no hurry; a request takes so much longer too."""
@@ -116,6 +123,20 @@ class Connection(Client):
         subscription = await self.subscribe(subject, queue=queue)
         self.handlers[b"%d" % subscription._id] = handler
         return subscription
+
+    @property
+    def ssl_context(self) -> ssl.SSLContext:
+        """nats-py asks at each connect: renewed files are used from the next one on."""
+        if self.tls is None:
+            return super().ssl_context
+        return self.tls.context()
+
+    async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
+        # nats-py takes TLS where the server asks for it. One that does not, or somebody in between who says that it
+        # does not, would be sent the credentials in the clear.
+        if initial_connection and self.tls is not None and not info.get("tls_required"):
+            raise nats.errors.Error("the server has no TLS, and the settings want it")
+        await super()._process_info(info, initial_connection)
 
     @property
     def reconnects(self) -> int:
@@ -254,9 +275,13 @@ class Connection(Client):
                 transport.close()
 
     async def api(self, request: str, body: Any = None) -> dict[str, Any]:
-        """Ask ``$JS.API.<request>``; raises `ApiError`, or `StreamUnavailable` when nobody answers."""
+        """Ask ``$JS.API.<request>``; raises `ApiError`, or `StreamUnavailable` when nobody answers.
+
+        `api_requests` of them are under way at a time; the others wait for their turn here.
+        """
         payload = b"" if body is None else orjson.dumps(body)
-        answer: dict[str, Any] = orjson.loads(await self.ask(f"$JS.API.{request}", payload))
+        async with self.api_turns:
+            answer: dict[str, Any] = orjson.loads(await self.ask(f"$JS.API.{request}", payload))
         if "error" in answer:
             raise ApiError(request, answer["error"])
         return answer
@@ -312,13 +337,16 @@ async def connect(
 ) -> Connection:
     """Connect, or raise `StreamUnavailable`, or `BadSettings` for credentials that are none.
 
-    `lost` and `found` are called at each break and reconnect.
+    `lost` and `found` are called at each break and reconnect. With a ``tls://`` address or `nats_ca` no server without
+    TLS is spoken to.
     """
     options: dict[str, Any] = {"reconnect_time_wait": 0.2, "inbox_prefix": replies(name)}
     if settings.nats_credentials:
         options |= login(settings.nats_credentials)
     connection = Connection()
+    connection.tls = _tls(settings)
     connection.request_timeout_s = settings.request_timeout_s
+    connection.api_turns = asyncio.Semaphore(settings.api_requests)
     problems: list[Exception] = []
 
     async def problem(error: Exception) -> None:
@@ -347,7 +375,7 @@ async def connect(
         await connection.close()
         reason = problems[0] if problems else error
         raise StreamUnavailable(
-            f"no connection to NATS at {settings.nats_url}: {str(reason) or type(reason).__name__}. "
+            f"no connection to NATS at {shown(settings.nats_url)}: {_reason(reason)}. "
             "Is nats-server running there, and are the credentials right?"
         ) from None
     except BaseException:
@@ -355,3 +383,17 @@ async def connect(
         await asyncio.shield(connection.close())
         raise
     return connection
+
+
+def _tls(settings: Settings) -> ClientTls | None:
+    """What the servers are checked against; None where TLS is for them to ask for."""
+    if not settings.nats_ca and not settings.nats_certificate and not has_tls(settings.nats_url):
+        return None
+    names = ("nats_ca", "nats_certificate", "nats_key")
+    return ClientTls(settings.nats_ca, settings.nats_certificate, settings.nats_key, names=names)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is refused ({error.verify_message}): does nats_ca (TIDINGS_NATS_CA) name its CA?"
+    return str(error) or type(error).__name__

@@ -171,9 +171,12 @@ async def resize(connection: Connection, partition: int, name: str, window: int)
     )
 
 
-def delete(connection: Connection, stream: str, name: str) -> None:
-    """Forget a consumer, without waiting; one that stays behind ends by itself when it idles."""
-    connection.send(f"$JS.API.CONSUMER.DELETE.{stream}.{name}")
+def delete(connection: Connection, stream: str, name: str, reply: str = "") -> bool:
+    """Forget a consumer, without waiting; one that stays behind ends by itself when it idles.
+
+    The server's answer comes to `reply`, if it is given. False, and nothing sent, while there is no connection.
+    """
+    return connection.send(f"$JS.API.CONSUMER.DELETE.{stream}.{name}", b"", reply)
 
 
 async def leader(connection: Connection, partition: int, name: str, *, timeout_s: float) -> str | None:

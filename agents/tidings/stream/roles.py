@@ -23,7 +23,7 @@ from tidings.wire import subject
 from tidings.wire.errors import BadSettings, BadSubject, BadTopic
 from tidings.wire.topic import check_pattern
 
-from .topology import BROADCAST, DEAD, DECISIONS, FANOUT, INBOX, REVOCATIONS, TOPICS, notify_stream
+from .topology import BROADCAST, DEAD, DECISIONS, FANOUT, INBOX, KEYS, REVOCATIONS, TOPICS, notify_stream
 
 __all__ = ["NAME", "PUBLISHER_KEY", "SYSTEM", "Line", "Publisher", "Role", "agents"]
 
@@ -163,6 +163,8 @@ def _api(personal: tuple[str, ...]) -> Role:
             *_letters(),
             Line(subject.part_user("*", "*"), "publish to users: notify.user.* is mapped to this"),
             Line(subject.TOPICS_WILDCARD, "publish to topics"),
+            Line(subject.CLAIMED, "note what an idempotency key came with"),
+            Line(f"{_API}STREAM.MSG.GET.{KEYS}", "read what it came with first"),
             Line(subject.REVOKED_WILDCARD, "revoke tokens, for services with that scope"),
             Line(subject.gateway_topics("*"), "have gateways read what a user follows"),
             Line(subject.gateway_user("*"), "tell a user's devices of marks"),

@@ -6,6 +6,7 @@
 | ``TOPICS`` | ``notify.topic.>``: what services publish to topics | ``fanout`` |
 | ``BROADCAST`` | ``broadcast.>``: what goes to a topic's many subscribers as one message | ``inbox`` |
 | ``DECISIONS`` | ``decided``: which topic messages go out as copies, and which as a broadcast | |
+| ``KEYS`` | ``claimed``: which request each idempotency key of the HTTP api came with first | |
 | ``REVOCATIONS`` | ``revoked.>``: whose tokens count no more, the last word on each | |
 | ``DEAD`` | ``dead.>``: what could not be understood or delivered | |
 
@@ -40,13 +41,16 @@ __all__ = [
     "FANOUT",
     "HEADER_ROOM",
     "INBOX",
+    "KEYS",
     "REVOCATIONS",
+    "SHARED",
     "TOPICS",
     "Change",
     "Topology",
     "apply",
     "check_topics",
     "discover",
+    "is_partition",
     "mapping",
     "notify_stream",
     "plan",
@@ -60,13 +64,15 @@ BROADCAST: Final = "BROADCAST"
 BROADCAST_PART: Final = -1
 """Stands for `BROADCAST` where others are numbers of partitions."""
 DECISIONS: Final = "DECISIONS"
+KEYS: Final = "KEYS"
 REVOCATIONS: Final = "REVOCATIONS"
 INBOX: Final = "inbox"
 """The inbox agents' durable consumer, one a partition."""
 FANOUT: Final = "fanout"
 """The fan-out agents' durable consumer, on `TOPICS`."""
 
-_SHARED: Final = (TOPICS, BROADCAST, DECISIONS, REVOCATIONS, DEAD)
+SHARED: Final = (TOPICS, DECISIONS, KEYS, BROADCAST, REVOCATIONS, DEAD)
+"""All streams but those of the partitions."""
 _PARTITIONS: Final = "tidings_partitions"
 _INCARNATION: Final = "tidings_incarnation"
 HEADER_ROOM: Final = 4096
@@ -84,7 +90,8 @@ def notify_stream(partition: int) -> str:
     return f"NOTIFY_{partition}" if partition >= 0 else BROADCAST
 
 
-def _is_partition(stream: str) -> bool:
+def is_partition(stream: str) -> bool:
+    """Whether a stream is one of the personal plane."""
     return stream.startswith("NOTIFY_")
 
 
@@ -187,7 +194,7 @@ async def plan(connection: Connection, settings: Settings) -> list[Change]:
     found = await _streams(connection)
     changes: list[Change] = []
     count = sum(name.startswith("NOTIFY_") for name in found)
-    known = {info["config"].get("metadata", {}).get(_PARTITIONS) for name, info in found.items() if _is_partition(name)}
+    known = {info["config"].get("metadata", {}).get(_PARTITIONS) for name, info in found.items() if is_partition(name)}
     if count and known != {str(settings.partitions)}:
         made_for = ", ".join(sorted(map(str, known)))
         raise TopologyMismatch(
@@ -196,7 +203,7 @@ async def plan(connection: Connection, settings: Settings) -> list[Change]:
             + (f" Set TIDINGS_PARTITIONS={made_for}" if made_for.isdecimal() else "")
         )
     partitions = (_notify(settings, number) for number in range(settings.partitions))
-    shared = (make(settings) for make in (_topics, _broadcast, _decisions, _revocations, _dead))
+    shared = (make(settings) for make in (_topics, _broadcast, _decisions, _keys, _revocations, _dead))
     for config in (*partitions, *shared):
         changes.extend(_stream_change(config, found.get(config["name"])))
     for number in (*range(settings.partitions), BROADCAST_PART):
@@ -281,6 +288,15 @@ def _decisions(settings: Settings) -> dict[str, Any]:
         # What a duplicate refers to is there for as long as it is known to be one.
         "max_age": 2 * window,
         "duplicate_window": window,
+    }
+
+
+def _keys(settings: Settings) -> dict[str, Any]:
+    return {
+        **_decisions(settings),
+        "name": KEYS,
+        "description": "Tidings: what each idempotency key of the HTTP api stands for",
+        "subjects": [subject.CLAIMED],
     }
 
 
@@ -390,7 +406,7 @@ async def _streams(connection: Connection) -> dict[str, dict[str, Any]]:
         streams = answer.get("streams") or []
         found.update((info["config"]["name"], info) for info in streams)
         if not streams or len(found) >= answer.get("total", 0):
-            return {name: info for name, info in found.items() if name in _SHARED or _is_partition(name)}
+            return {name: info for name, info in found.items() if name in SHARED or is_partition(name)}
 
 
 async def probe_mapping(connection: Connection, partitions: int, *, timeout_s: float = 2.0) -> None:

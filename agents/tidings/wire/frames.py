@@ -36,6 +36,7 @@ __all__ = [
     "Ping",
     "Renewal",
     "Request",
+    "Row",
     "Subscribe",
     "Subscriptions",
     "Unsubscribe",
@@ -48,6 +49,7 @@ __all__ = [
     "notifications",
     "ok",
     "page",
+    "page_members",
     "pong",
     "state",
     "welcome",
@@ -344,19 +346,26 @@ def error(code: str, message: str, ref: Ref = None) -> bytes:
     return orjson.dumps({"t": "error", "ref": ref, "code": code, "message": message})
 
 
-def page(
-    ref: Ref, items: Iterable[tuple[str, bool, bool, bool, tuple[int, str, int] | None, bytes]], next_: str | None
-) -> bytes:
-    """The answer to ``inbox``: items as (position, seen, read, archived, delivered, body).
+Row = tuple[str, bool, bool, bool, tuple[int, str, int] | None, bytes]
+"""A row of the inbox: position, seen, read, archived, delivered, body.
 
-    `delivered` is when (Unix milliseconds), on which device and with which attempt a device acknowledged it first.
-    """
-    rows = b",".join(
+`delivered` is when (Unix milliseconds), on which device and with which attempt a device acknowledged it first.
+"""
+
+
+def page(ref: Ref, rows: Iterable[Row], next_: str | None) -> bytes:
+    """The answer to ``inbox``."""
+    return b'{"t":"ok","ref":%b,%b}' % (orjson.dumps(ref), page_members(rows, next_))
+
+
+def page_members(rows: Iterable[Row], next_: str | None) -> bytes:
+    """The members ``items`` and ``next`` of an object; each body as the publisher sent it."""
+    items = b",".join(
         b'{"pos":"%b","seen":%b,"read":%b,"archived":%b,"delivered":%b,"n":%b}'
         % (pos.encode(), _BOOL[seen], _BOOL[read], _BOOL[archived], _delivered(delivered), body)
-        for pos, seen, read, archived, delivered, body in items
+        for pos, seen, read, archived, delivered, body in rows
     )
-    return b'{"t":"ok","ref":%b,"items":[%b],"next":%b}' % (orjson.dumps(ref), rows, orjson.dumps(next_))
+    return b'"items":[%b],"next":%b' % (items, orjson.dumps(next_))
 
 
 def _delivered(delivered: tuple[int, str, int] | None) -> bytes:

@@ -20,6 +20,7 @@ from .topic import check_topic
 __all__ = [
     "AGENTS",
     "BROADCAST_WILDCARD",
+    "CLAIMED",
     "DEAD_WILDCARD",
     "DECIDED",
     "INBOX_FLOOR",
@@ -45,11 +46,14 @@ __all__ = [
     "part_user",
     "part_wildcard",
     "partition",
+    "plane_of_dead",
     "presence",
+    "readable",
     "replies",
     "revoked_device",
     "revoked_of",
     "revoked_user",
+    "token_of",
     "topic_of",
     "unescape",
 ]
@@ -62,6 +66,8 @@ TOPICS_WILDCARD: Final = "notify.topic.>"
 BROADCAST_WILDCARD: Final = "broadcast.>"
 DECIDED: Final = "decided"
 """Where fan-out agents note how a message goes out."""
+CLAIMED: Final = "claimed"
+"""Where api agents note which body an idempotency key came with."""
 DEAD_WILDCARD: Final = "dead.>"
 INBOX_FLOOR: Final = "inbox.floor"
 REVOKED_WILDCARD: Final = "revoked.>"
@@ -109,6 +115,12 @@ def unescape(token: str, what: str = "user id") -> str:
     raise BadSubject(f"{token[:80]!r} is not the escaped form of a {what}: escape it as %XX of its UTF-8 bytes")
 
 
+def readable(where: bytes) -> str:
+    """A subject as text. The server takes any bytes: those that are no UTF-8 become ``\\xff``, which no token of ours
+    has."""
+    return where.decode(errors="backslashreplace")
+
+
 def partition(token: str, partitions: int) -> int:
     """The partition of a user's token: FNV-1a (32 bits) modulo P, as nats-server's ``partition()`` computes it."""
     digest = 0x811C9DC5
@@ -153,6 +165,12 @@ def part_user(token: str, number: int | str) -> str:
     return f"part.{number}.user.{token}"
 
 
+def token_of(where: str) -> str | None:
+    """The user's token of a subject that `part_user` made; None for any other one."""
+    words = where.split(".")
+    return words[3] if len(words) == 4 and (words[0], words[2]) == ("part", "user") else None
+
+
 def part_wildcard(number: int) -> str:
     """All that one partition's stream stores."""
     return f"part.{number}.user.*"
@@ -161,6 +179,11 @@ def part_wildcard(number: int) -> str:
 def dead(plane: str) -> str:
     """Where a dead letter of a plane goes."""
     return f"dead.{plane}"
+
+
+def plane_of_dead(where: str) -> str:
+    """The plane of a subject that `dead` made."""
+    return where.removeprefix("dead.")
 
 
 def revoked_user(user: str) -> str:
@@ -215,6 +238,11 @@ def gateway_session(gateway: str, session: str) -> str:
 def gateway_feed(gateway: str, number: int) -> str:
     """Reply subject of the pulls of a gateway's feed of broadcasts."""
     return f"gw.{gateway}.feed.{number}"
+
+
+def gateway_deleted(gateway: str, consumer: str) -> str:
+    """Reply subject of the deletion of a consumer."""
+    return f"gw.{gateway}.deleted.{consumer}"
 
 
 def gateway_topics(gateway: str) -> str:
