@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from support.api import client, service
 from support.clock import PATIENCE_S, until
 from support.secured import SecuredMesh, secured_mesh
 from tidings.publish import Publisher
@@ -82,20 +84,54 @@ async def test_two_gateways(mesh: SecuredMesh) -> None:
 async def test_dead_letters(mesh: SecuredMesh) -> None:
     """Each agent may keep what it cannot deliver: no event to a user, none to a topic, and one that stays unacked."""
     await mesh.inbox()
-    await mesh.fanout()
+    await mesh.fanout(fanout_write_max=0)
     gateway = await mesh.gateway(max_deliver=1)
     silent = await mesh.online(gateway, "alice", auto_ack=False)
+    assert (await silent.ask("sub", topics=["shop.news"]))["t"] == "ok"
     async with publisher(mesh, "shop") as shop:
         await shop.publish("alice", "test.made")
+        await shop.publish_topic("shop.news", "test.made")
     await mesh.connection.store(subject.notify_user("bob"), b"no event")
     await mesh.connection.store(subject.notify_topic("shop.news"), b"no event")
 
-    await silent.until(lambda: silent.items, "the notification")
+    await silent.until(lambda: len(silent.items) >= 2, "the notification and the broadcast")
     async with asyncio.timeout(PATIENCE_S):
-        while len(letters := await mesh.dead_letters()) < 3:
+        while len(letters := await mesh.dead_letters()) < 4:
             await asyncio.sleep(0.02)
     reasons = sorted(letter["tidings-reason"] for letter in letters)
-    assert reasons == ["invalid_notification", "invalid_notification", "undelivered"]
+    assert reasons == ["invalid_notification", "invalid_notification", "undelivered", "undelivered"]
+
+
+async def test_services_over_http(mesh: SecuredMesh) -> None:
+    """The api agent publishes, remembers idempotency keys, has topics followed, reads dead letters and revokes."""
+    await mesh.inbox()
+    await mesh.fanout()
+    gateway, agent = await mesh.gateway(), await mesh.api()
+    alice = await mesh.online(gateway, "alice")
+    await mesh.connection.store(subject.notify_user("bob"), b"no event")
+    async with client(agent.port) as http:
+
+        async def call(method: str, path: str, body: object = None, **more: str) -> Any:
+            answer = await http.request(method, path, json=body, headers={**service(), **more})
+            assert answer.is_success, answer.text
+            return answer.json() if answer.content else None
+
+        event = {"type": "test.made", "id": "h1"}
+        for _ in range(2):
+            await call("POST", "/v1/publish", {"user": "alice", "event": event}, **{"Idempotency-Key": "k1"})
+        await alice.until(lambda: "h1" in alice.ids, "the notification")
+        await mesh.stored("alice", "h1")
+        await call("POST", "/v1/users/alice/marks", {"as": "read", "pos": [alice.items[0]["pos"]]})
+        await alice.until(lambda: any(frame["t"] == "state" for frame in alice.frames), "the mark")
+        await call("POST", "/v1/users/alice/subscriptions", {"topics": ["shop.news"]})
+        await call("POST", "/v1/publish", {"topic": "shop.news", "event": {**event, "id": "h2"}})
+        await alice.until(lambda: "h2" in alice.ids, "what was published to the topic")
+        async with asyncio.timeout(PATIENCE_S):
+            while not (letters := (await call("GET", "/v1/deadletters"))["letters"]):
+                await asyncio.sleep(0.02)
+        await call("DELETE", f"/v1/deadletters/{letters[0]['id']}")
+        await call("POST", "/v1/revocations", {"user": "alice"})
+        await alice.until(lambda: alice.close_code == 4401, "the session ends")
 
 
 async def test_a_log_that_lost_its_end(mesh: SecuredMesh) -> None:

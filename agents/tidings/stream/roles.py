@@ -88,7 +88,8 @@ def _gateway(partitions: int) -> Role:
         publish=(
             *publish,
             *_revocations(),
-            Line(subject.dead("user"), "keep what no device acknowledges"),
+            Line(subject.dead("user"), "keep what a device does not acknowledge"),
+            Line(subject.dead("broadcast"), "the same of broadcasts"),
             Line(subject.presence("*"), "say who comes and goes"),
             Line(subject.gateway_claim("*"), "ask another gateway for a device"),
             Line(subject.gateway_topics("*"), "have another gateway read what a user follows"),
