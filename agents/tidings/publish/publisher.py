@@ -20,7 +20,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-import secrets
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Sequence
 from datetime import datetime
@@ -77,7 +76,7 @@ class Publisher:
         self._source = source
         self._timeout_s = timeout_s
         self._connection: Connection | None = None
-        self._inbox = f"_INBOX.{secrets.token_hex(11)}."
+        self._inbox = ""
         self._waiting: dict[bytes, Attempt] = {}
         self._number = 0
         self._listening: Subscription | None = None
@@ -89,6 +88,8 @@ class Publisher:
         else:
             settings = Settings(nats_url=self._given) if isinstance(self._given, str) else self._given
             self._connection = await connect(settings, "tidings-publisher")
+        # Under the connection's own prefix: nothing else may be open to it.
+        self._inbox = f"{self._connection.new_inbox()}."
         try:
             self._listening = await self._connection.listen(f"{self._inbox}*", self._answered)
         except BaseException:

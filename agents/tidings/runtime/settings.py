@@ -44,7 +44,9 @@ class Settings:
 
     # The log
     nats_url: str = _text("nats://127.0.0.1:4222", "servers of the NATS cluster, comma-separated")
-    nats_credentials: str = _text("", "path of a NATS credentials file (needs tidings[nkeys]); empty for none")
+    nats_credentials: str = _text(
+        "", "path of a NATS credentials file, or of an nkey's seed (needs tidings[nkeys]); empty for none"
+    )
     nats_ca: str = _text(
         "", "path of the CA certificates (PEM) that NATS servers are checked against; empty for the system's"
     )

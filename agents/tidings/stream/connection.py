@@ -25,8 +25,9 @@ from tidings.runtime.address import has_tls, shown
 from tidings.runtime.settings import Settings
 from tidings.runtime.tls import ClientTls
 from tidings.wire.errors import StreamUnavailable
+from tidings.wire.subject import replies
 
-from .credentials import check_credentials
+from .credentials import login
 
 __all__ = ["ApiError", "Connection", "Handler", "Subscription", "connect"]
 
@@ -34,6 +35,9 @@ Handler = Callable[[bytes, bytes, bytes | None, bytes], None]
 """Called with subject, reply subject (empty for none), raw headers (None for none) and payload."""
 
 _NEARLY_S: Final = 0.5
+
+_PERMISSIONS: Final = "permissions violation"
+_FORBIDDEN_AGAIN_S: Final = 5.0
 
 MAX_UNSENT_BYTES: Final = 64 * 1024 * 1024
 """A server that reads so slowly is as good as gone: the connection is made anew."""
@@ -104,6 +108,8 @@ class Connection(Client):
         self.handlers: dict[bytes, Handler] = {}
         self._kick: asyncio.Handle | None = None
         self.request_timeout_s = 5.0
+        self._forbidden = ""
+        self._warn_from = 0.0
         self.tls: ClientTls | None = None
         """Whether the server must have TLS, and what its certificate is checked against."""
         self.api_turns = asyncio.Semaphore(64)
@@ -136,6 +142,20 @@ class Connection(Client):
     def reconnects(self) -> int:
         """How often the connection broke and was made anew: the same before and after means that it held."""
         return self.stats["reconnects"]
+
+    def forbidden(self, said: str) -> None:
+        """The server refuses a publish or a subscription, and answers nobody: say so, some times a minute at most."""
+        self._forbidden = said.lower()
+        now = asyncio.get_running_loop().time()
+        if now >= self._warn_from:
+            self._warn_from = now + _FORBIDDEN_AGAIN_S
+            log.warning("these NATS credentials do not allow what is needed: %s", said)
+
+    def _why(self, where: str, error: Exception) -> str:
+        """Why a request had no answer, as far as it is known. The server says subjects in lower case."""
+        if f'publish to "{where.lower()}"' in self._forbidden:
+            return "the NATS credentials do not allow it. Are they those of another program (nats_credentials)?"
+        return str(error) or type(error).__name__
 
     async def confirm(self, timeout_s: float = 10) -> None:
         """Return when the server has what was sent; raises `StreamUnavailable`."""
@@ -273,7 +293,7 @@ class Connection(Client):
         except nats.errors.NoRespondersError:
             raise StreamUnavailable(f"nobody answers on {subject}: is JetStream enabled there?") from None
         except (nats.errors.Error, TimeoutError) as error:
-            raise StreamUnavailable(f"no answer on {subject}: {str(error) or type(error).__name__}") from error
+            raise StreamUnavailable(f"no answer on {subject}: {self._why(subject, error)}") from error
         return message.data
 
     async def store(self, subject: str, payload: bytes, headers: dict[str, str] | None = None) -> dict[str, Any]:
@@ -286,7 +306,7 @@ class Connection(Client):
         except nats.errors.NoRespondersError:
             raise StreamUnavailable(f"no stream stores {subject}") from None
         except (nats.errors.Error, TimeoutError) as error:
-            raise StreamUnavailable(f"{subject} was not confirmed: {str(error) or type(error).__name__}") from error
+            raise StreamUnavailable(f"{subject} was not confirmed: {self._why(subject, error)}") from error
         answer: dict[str, Any] = orjson.loads(message.data)
         if "error" in answer:
             raise ApiError(f"the message on {subject}", answer["error"])
@@ -320,10 +340,9 @@ async def connect(
     `lost` and `found` are called at each break and reconnect. With a ``tls://`` address or `nats_ca` no server without
     TLS is spoken to.
     """
-    options: dict[str, Any] = {"reconnect_time_wait": 0.2}
+    options: dict[str, Any] = {"reconnect_time_wait": 0.2, "inbox_prefix": replies(name)}
     if settings.nats_credentials:
-        check_credentials(settings.nats_credentials)
-        options["user_credentials"] = settings.nats_credentials
+        options |= login(settings.nats_credentials)
     connection = Connection()
     connection.tls = _tls(settings)
     connection.request_timeout_s = settings.request_timeout_s
@@ -332,7 +351,10 @@ async def connect(
 
     async def problem(error: Exception) -> None:
         problems[:] = [error]
-        log.debug("nats: %s", error or type(error).__name__)
+        if _PERMISSIONS in str(error).lower():
+            connection.forbidden(str(error))
+        else:
+            log.debug("nats: %s", error or type(error).__name__)
 
     try:
         async with asyncio.timeout(settings.request_timeout_s):

@@ -39,6 +39,7 @@ __all__ = [
     "DEAD",
     "DECISIONS",
     "FANOUT",
+    "HEADER_ROOM",
     "INBOX",
     "KEYS",
     "REVOCATIONS",
@@ -74,7 +75,8 @@ SHARED: Final = (TOPICS, DECISIONS, KEYS, BROADCAST, REVOCATIONS, DEAD)
 """All streams but those of the partitions."""
 _PARTITIONS: Final = "tidings_partitions"
 _INCARNATION: Final = "tidings_incarnation"
-_HEADER_ROOM: Final = 4096
+HEADER_ROOM: Final = 4096
+"""What a notification may have beside its body, in bytes."""
 _MAX_REVOCATIONS: Final = 1_000_000
 _REVOCATIONS_SPARE_S: Final = 3600
 _NOT_FOUND: Final = 404
@@ -239,7 +241,7 @@ def _notify(settings: Settings, number: int) -> dict[str, Any]:
         "discard": "new",
         "max_age": settings.stream_max_age_s * 1_000_000_000,
         "max_bytes": settings.stream_max_bytes,
-        "max_msg_size": MAX_BODY_BYTES + _HEADER_ROOM,
+        "max_msg_size": MAX_BODY_BYTES + HEADER_ROOM,
         "max_consumers": settings.stream_max_consumers,
         "duplicate_window": min(settings.duplicate_window_s, settings.stream_max_age_s) * 1_000_000_000,
         "allow_direct": True,
@@ -258,7 +260,7 @@ def _topics(settings: Settings) -> dict[str, Any]:
         "discard": "new",
         "max_age": settings.stream_max_age_s * 1_000_000_000,
         "max_bytes": settings.stream_max_bytes,
-        "max_msg_size": MAX_BODY_BYTES + _HEADER_ROOM,
+        "max_msg_size": MAX_BODY_BYTES + HEADER_ROOM,
         "max_consumers": settings.stream_max_consumers,
         "duplicate_window": min(settings.duplicate_window_s, settings.stream_max_age_s) * 1_000_000_000,
         "allow_direct": True,
@@ -312,7 +314,7 @@ def _revocations(settings: Settings) -> dict[str, Any]:
         "discard": "new",
         "max_age": kept_s * 1_000_000_000,
         "max_msgs": _MAX_REVOCATIONS,
-        "max_msg_size": _HEADER_ROOM,
+        "max_msg_size": HEADER_ROOM,
         "max_consumers": settings.stream_max_consumers,
         "duplicate_window": settings.duplicate_window_s * 1_000_000_000,
         "allow_direct": True,
@@ -331,7 +333,7 @@ def _dead(settings: Settings) -> dict[str, Any]:
         "discard": "new",
         "max_age": settings.dead_max_age_s * 1_000_000_000,
         "max_bytes": -1,
-        "max_msg_size": MAX_BODY_BYTES + 4 * _HEADER_ROOM,
+        "max_msg_size": MAX_BODY_BYTES + 4 * HEADER_ROOM,
         "max_consumers": settings.stream_max_consumers,
         "duplicate_window": settings.duplicate_window_s * 1_000_000_000,
         "allow_direct": True,

@@ -18,6 +18,7 @@ from .errors import BadSubject, BadTopic
 from .topic import check_topic
 
 __all__ = [
+    "AGENTS",
     "BROADCAST_WILDCARD",
     "CLAIMED",
     "DEAD_WILDCARD",
@@ -25,6 +26,7 @@ __all__ = [
     "INBOX_FLOOR",
     "MAX_ID",
     "NOTIFY_WILDCARD",
+    "OPERATOR",
     "REVOKED_WILDCARD",
     "TOPICS_WILDCARD",
     "broadcast",
@@ -47,6 +49,7 @@ __all__ = [
     "plane_of_dead",
     "presence",
     "readable",
+    "replies",
     "revoked_device",
     "revoked_of",
     "revoked_user",
@@ -68,6 +71,9 @@ CLAIMED: Final = "claimed"
 DEAD_WILDCARD: Final = "dead.>"
 INBOX_FLOOR: Final = "inbox.floor"
 REVOKED_WILDCARD: Final = "revoked.>"
+
+AGENTS: Final = ("gateway", "inbox", "fanout", "api")
+OPERATOR: Final = "operator"
 
 _LONGEST: Final = 3800
 """What fits into NATS's control line (4,096 bytes) with a reply subject and sizes behind it."""
@@ -206,6 +212,17 @@ def revoked_of(where: str) -> tuple[str, str | None]:
 def presence(token: str) -> str:
     """Core NATS: a device of this user connected or disconnected."""
     return f"presence.{token}"
+
+
+def replies(program: str) -> str:
+    """What the reply subjects of a program's requests begin with: each agent's own, for nobody else to read.
+
+    `program` is the name of its connection. A publisher's is NATS's own; all that are no agents are the operator's.
+    """
+    role = program.removeprefix("tidings-")
+    if role == "publisher":
+        return "_INBOX"
+    return f"_INBOX_{role if role in AGENTS else OPERATOR}"
 
 
 def gateway_wildcard(gateway: str) -> str:
