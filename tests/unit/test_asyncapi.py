@@ -173,7 +173,10 @@ MADE = {
     "broadcast_pull": ("broadcastPull", subject.broadcast_pull("a", 1)),
 }
 """What of `tidings.wire.subject` makes a subject: the channel that it is, and one of them."""
-OTHER = {"escape", "unescape", "readable", "partition", "plane_of_dead", "token_of", "topic_of", "revoked_of", "MAX_ID"}
+OTHER = {
+    *("escape", "unescape", "readable", "partition", "plane_of_dead", "token_of", "topic_of", "revoked_of"),
+    *("MAX_ID", "AGENTS", "OPERATOR", "replies"),
+}
 """What makes none."""
 
 
