@@ -37,7 +37,13 @@ STREAM_API = (
     *("INFO", "STREAM.LIST", "STREAM.NAMES", "STREAM.CREATE.EVIL", f"STREAM.INFO.{STREAM}", f"STREAM.UPDATE.{STREAM}"),
     *(f"STREAM.DELETE.{STREAM}", f"STREAM.PURGE.{STREAM}", f"STREAM.MSG.GET.{STREAM}", f"STREAM.MSG.DELETE.{STREAM}"),
     *(f"STREAM.SNAPSHOT.{STREAM}", f"STREAM.RESTORE.{STREAM}", f"STREAM.LEADER.STEPDOWN.{STREAM}"),
-    *(f"DIRECT.GET.{STREAM}", f"DIRECT.GET.{STREAM}.{WHERE}", "DIRECT.GET.DEAD", "STREAM.MSG.GET.REVOCATIONS"),
+    *(
+        f"DIRECT.GET.{STREAM}",
+        f"DIRECT.GET.{STREAM}.{WHERE}",
+        "DIRECT.GET.DEAD",
+        "STREAM.MSG.GET.REVOCATIONS",
+        "STREAM.MSG.GET.KEYS",
+    ),
 )
 CONSUMER_API = (
     *(f"CONSUMER.CREATE.{STREAM}", f"CONSUMER.CREATE.{STREAM}.evil", f"CONSUMER.CREATE.{STREAM}.evil.{WHERE}"),
@@ -411,7 +417,7 @@ async def test_no_answer_of_jetstream_is_a_request(server: SecuredNats) -> None:
             "api",
             {
                 *(WHERE, "part.0.user.mallory", "revoked.user.alice", "revoked.device.alice.phone"),
-                *("gw.abcdefgh.user", "gw.abcdefgh.topics"),
+                *("gw.abcdefgh.user", "gw.abcdefgh.topics", "claimed", "$JS.API.STREAM.MSG.GET.KEYS"),
                 *api("STREAM.LIST", f"STREAM.INFO.{STREAM}", "STREAM.MSG.GET.REVOCATIONS", "DIRECT.GET.DEAD"),
                 *api(f"CONSUMER.INFO.{STREAM}.inbox"),
             },
