@@ -119,7 +119,7 @@ def _hostile(kind: str, who: str) -> Iterable[Figure]:
     yield Figure(f"{kind}_without_gateway_percent", "Nobody hostile: CPU of the gateway", "% of a core")
     yield Figure(f"{kind}_gateway_percent", f"Beside those {who}: CPU of the gateway", "% of a core")
     yield Figure(f"{kind}_others_percent", "What others had of the servers' core meanwhile", "% of a core")
-    yield Figure(f"{kind}_connections", "Connections that they made", "")
+    yield Figure(f"{kind}_connections", "Connections that they made", "connections")
 
 
 HOSTILE: Final[tuple[Figure, ...]] = tuple(figure for kind in KINDS for figure in _hostile(kind, KINDS[kind]))

@@ -22,7 +22,7 @@ from tidings.wire import codes
 from tidings.wire.notification import build
 
 SUPPORT = Path(__file__).parents[1] / "support"
-EXAMPLES = 10
+EXAMPLES = 5
 """Of each operation, beside those that cover every boundary of its schema."""
 PLENTY = 10_000_000
 LETTERS = 20

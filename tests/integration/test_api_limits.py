@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, Final
@@ -300,3 +301,17 @@ async def test_silent_connections_keep_nobody_out(mesh: Mesh, monkeypatch: pytes
         finally:
             for _, writer in silent:
                 writer.close()
+
+
+async def test_leaving(mesh: Mesh) -> None:
+    """An api that is told to stop is not ready at once, and serves until a load balancer has had the time to see it."""
+    agent = await mesh.api(drain_notice_s=5)
+    async with client(agent.port) as http:
+        agent.process.send_signal(signal.SIGTERM)
+        await until_status(http, "/readyz", {}, 503)
+        answer = await http.post("/v1/publish", json={"user": "alice", "event": LIKE}, headers=service())
+        assert answer.status_code == 200
+        async with asyncio.timeout(PATIENCE_S):
+            assert await agent.process.wait() == 0
+        with pytest.raises(httpx.ConnectError):
+            await http.get("/healthz")

@@ -23,6 +23,8 @@ from tidings.identity import Device as DeviceToken
 from tidings.identity import Verifier, issue
 from tidings.runtime.settings import Settings
 from tidings.stream.server import NatsServer
+from tidings.wire import subject
+from tidings.wire.notification import build
 
 PARTITIONS = 4
 
@@ -322,6 +324,18 @@ async def test_listen_prints_what_arrives(mesh: Mesh, state: Path) -> None:
         assert item["pos"]
         assert await listener.stop() == 130
     assert listener.sentences() == []
+
+
+async def test_listen_lets_no_text_steer_the_terminal(mesh: Mesh, state: Path) -> None:
+    """Escape sequences in a notification are shown as text."""
+    gateway = await mesh.gateway()
+    url = gateway.url.replace("http", "ws")
+    async with tidings("listen", "--user", "alice", "--url", url, "--state", state) as listener:
+        await listener.said("listening as alice")
+        id, body = build(type="t\x1b[2J", data={"text": "\x9b2J"}, id="n\r1")
+        await mesh.connection.store(subject.notify_user("alice"), body, {"Nats-Msg-Id": id})
+        await listener.said("2J.*2J")
+        assert listener.out[0].endswith(r't\x1b[2J  {"text":"\x9b2J"}  [n\r1]')
 
 
 async def test_listen_with_a_bad_token(mesh: Mesh) -> None:

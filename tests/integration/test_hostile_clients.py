@@ -195,7 +195,7 @@ async def test_large_handshakes(start: Start, request_: bytes, caplog: pytest.Lo
 
 async def test_strangers_keep_nobody_out(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """Above the limit of silent connections the oldest goes, and who says hello is welcome."""
-    monkeypatch.setattr("tidings.gateway.porch._FAIR_S", 0.0)
+    monkeypatch.setattr("tidings.runtime.porch._FAIR_S", 0.0)
     gateway = await start(strangers_max=10)
     async with AsyncExitStack() as stack:
         silent = [await stack.enter_async_context(RawClient(gateway.port)) for _ in range(15)]

@@ -420,9 +420,9 @@ class World:
         self.hub = Hub(self.settings, store, wire, Topology(1, (INCARNATION,), INCARNATION), spawn)
         opener = Opener(self.hub)
         self.keeper = Keeper(self.hub, opener)
-        nobody: Any = None  # tokens are looked at before a device joins
+        nobody: Any = None  # connections and tokens are looked at before a device joins
         authenticator = Authenticator(self.hub, nobody)
-        self.door = Door(self.hub, opener, authenticator, Requests(self.hub, TopicEntitlement(self.settings)))
+        self.door = Door(self.hub, opener, nobody, authenticator, Requests(self.hub, TopicEntitlement(self.settings)))
         spawn(self.keeper.mend())
 
     def _start_agent(self, process: str) -> None:

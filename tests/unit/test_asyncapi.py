@@ -157,6 +157,7 @@ MADE = {
     "part_user": ("part", subject.part_user("alice", 3)),
     "broadcast": ("broadcast", subject.broadcast("post.42")),
     "DECIDED": ("decided", subject.DECIDED),
+    "CLAIMED": ("claimed", subject.CLAIMED),
     "dead": ("dead", subject.dead("user")),
     "revoked_user": ("revokedUser", subject.revoked_user("alice")),
     "revoked_device": ("revokedDevice", subject.revoked_device("alice", "phone")),
@@ -172,7 +173,10 @@ MADE = {
     "broadcast_pull": ("broadcastPull", subject.broadcast_pull("a", 1)),
 }
 """What of `tidings.wire.subject` makes a subject: the channel that it is, and one of them."""
-OTHER = {"escape", "unescape", "readable", "partition", "plane_of_dead", "token_of", "topic_of", "revoked_of", "MAX_ID"}
+OTHER = {
+    *("escape", "unescape", "readable", "partition", "plane_of_dead", "token_of", "topic_of", "revoked_of"),
+    *("MAX_ID", "AGENTS", "OPERATOR", "replies"),
+}
 """What makes none."""
 
 

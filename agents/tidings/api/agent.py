@@ -155,6 +155,10 @@ class Api(Service):
 
     # Leaving
 
+    async def _drain(self) -> None:
+        """Not ready from here on, and serving all the same until a load balancer has seen that."""
+        await asyncio.sleep(self._settings.drain_notice_s)
+
     async def _stop(self) -> None:
         if self._runner is not None:
             # Takes no new connections, and waits for what is under way, as long as a publish may take.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import orjson
 
+from tidings.runtime.logs import flat
 from tidings.wire.errors import NoSuchLetter, ReplayRefused
 
 from .common import Commands, add_nats, duration, load, run
@@ -159,12 +160,7 @@ def _row(letter: Letter) -> tuple[str, ...]:
     whose = letter.user or letter.topic or letter.origin or ""
     stored = letter.stored[:19] + "Z"
     cells = (str(letter.sequence), stored, letter.plane, letter.reason, str(letter.attempts), whose, letter.detail)
-    return tuple(map(_printable, cells))
-
-
-def _printable(text: str) -> str:
-    """Text for a terminal: what came from outside may hold sequences that steer one."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+    return tuple(map(flat, cells))
 
 
 def _print_json(entry: dict[str, Any]) -> None:
@@ -183,10 +179,10 @@ async def _show(connection: Connection, args: argparse.Namespace, settings: Sett
     else:
         for name, value in letter.describe(body=False).items():
             if value is not None:
-                print(f"{name:<9} {_printable(str(value))}")
+                print(f"{name:<9} {flat(str(value))}")
         print()
         for line in letter.body.decode(errors="backslashreplace").splitlines():
-            print(_printable(line))
+            print(flat(line))
     return 0
 
 
@@ -238,7 +234,7 @@ async def _each(
                 result = await work(sequence)
             except (NoSuchLetter, ReplayRefused) as error:
                 refused += 1
-                print(f"tidings: {_printable(str(error))}", file=sys.stderr)
+                print(f"tidings: {flat(str(error))}", file=sys.stderr)
                 continue
             count += 1
             if args.json:

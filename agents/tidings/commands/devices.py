@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import orjson
 
+from tidings.runtime.logs import flat
+
 from .common import Commands, add_state, load, run
 from .tokens import DEFAULT_TTL_S, sign
 
@@ -68,4 +70,4 @@ def _as_json(notification: Notification) -> str:
 def _as_text(notification: Notification) -> str:
     again = f" (attempt {notification.attempt})" if notification.attempt > 1 else ""
     data = orjson.dumps(notification.data).decode()
-    return f"{datetime.now():%H:%M:%S}  {notification.type}  {data}  [{notification.id}]{again}"
+    return flat(f"{datetime.now():%H:%M:%S}  {notification.type}  {data}  [{notification.id}]{again}")

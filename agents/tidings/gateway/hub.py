@@ -292,14 +292,15 @@ class Hub:
 
     async def _bury(self, session: Session, text: str, entry: Entry) -> None:
         if plane_of(text) == BROADCAST:
-            plane, origin = "broadcast", {"stream": notify_stream(BROADCAST_PART)}
+            origin = {"stream": notify_stream(BROADCAST_PART)}
         else:
             where = subject.part_user(session.token, session.partition)
-            plane, origin = "user", {"origin_subject": where, "stream": session.stream}
+            origin = {"origin_subject": where, "stream": session.stream}
         try:
             await consumers.bury(
                 self.connection,
-                plane,
+                # A broadcast too: it is this user's letter, the others have theirs.
+                "user",
                 entry.body,
                 key=f"undelivered.{text}.{session.token}.{subject.escape(session.device, 'device id')}",
                 reason="undelivered",

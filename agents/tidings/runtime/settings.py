@@ -159,7 +159,7 @@ class Settings:
     claim_timeout_ms: int = _number(100, 1, 10_000, "how long another gateway may take to hand a device over")
     probe_interval_s: float = _number(1, 0.1, 60, "how often a gateway asks each NATS node for one of its consumers")
     drain_notice_s: float = _number(
-        0, 0, 300, "how long a stopping gateway is not ready and still serves, so that a load balancer can notice"
+        0, 0, 300, "how long a stopping gateway or api is not ready and still serves, for a load balancer to notice"
     )
     drain_per_s: int = _number(500, 1, 100_000, "how many devices a second a stopping gateway sends away")
     drain_s: float = _number(20, 0, 300, "after how long at most a stopping gateway has closed all its sockets")

@@ -21,7 +21,7 @@ class Letter(NamedTuple):
     sequence: int
     """Its id."""
     plane: str
-    """``user``, ``topic`` or ``broadcast``: where it died."""
+    """``user`` for one user's, ``topic`` for what could not be sent out, ``broadcast`` for what could not be kept."""
     stored: str
     """When it became a dead letter: RFC 3339, UTC, to the nanosecond."""
     headers: Mapping[str, str]
