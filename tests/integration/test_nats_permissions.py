@@ -465,9 +465,19 @@ async def test_each_agent_does_its_own_work_alone(server: SecuredNats, name: str
 
 async def test_an_agents_key_for_the_operators_work(server: SecuredNats) -> None:
     """Whoever takes the wrong key is told that it is the key."""
-    connection = await connect(settings_of(server, "fanout", request_timeout_s=0.5), "test")
+    connection = await connect(settings_of(server, "fanout", request_timeout_s=0.5), "tidings-fanout")
     try:
         with pytest.raises(StreamUnavailable, match="credentials do not allow it"):
             await connection.ask(f"$JS.API.STREAM.PURGE.{STREAM}")
+    finally:
+        await connection.close()
+
+
+async def test_an_agent_with_the_key_of_another(server: SecuredNats) -> None:
+    """It may ask, and does not hear the answer: it is told that, too."""
+    connection = await connect(settings_of(server, "inbox", request_timeout_s=0.5), "tidings-gateway")
+    try:
+        with pytest.raises(StreamUnavailable, match="Are they those of another program"):
+            await topology.discover(connection)
     finally:
         await connection.close()
