@@ -17,7 +17,7 @@ from support.mesh import QUICK
 from support.secured import Outsider, SecuredNats, secured_nats
 from tidings.publish import Publisher
 from tidings.runtime.settings import Settings
-from tidings.stream import topology
+from tidings.stream import consumers, letters, topology
 from tidings.stream.connection import connect
 from tidings.stream.keys import Keys
 from tidings.wire import subject
@@ -481,3 +481,33 @@ async def test_an_agent_with_the_key_of_another(server: SecuredNats) -> None:
             await topology.discover(connection)
     finally:
         await connection.close()
+
+
+@pytest.mark.parametrize("header", [b"NATS/1.0 404 Gone\r\n\r\n", b"NATS/1.0 204 EOB\r\n\r\n"])
+async def test_what_looks_like_the_end(server: SecuredNats, header: bytes) -> None:
+    """Of revocations and dead letters: one with the status of an end, which a broken agent stored, ends no reading."""
+    operator = await connect(settings_of(server, "operator"), "test")
+    gateway = await connect(settings_of(server, "gateway"), "tidings-gateway")
+    try:
+        assert operator.send("revoked.user.nobody", header=header)
+        await operator.confirm()
+        assert gateway.send("dead.user", b"first", header=header)
+        await gateway.confirm()
+        answers: list[int] = []
+
+        def arrived(where: bytes, reply: bytes, header: bytes | None, body: bytes) -> None:
+            assert header is not None
+            answers.append(consumers.direct_get_status(header))
+
+        inbox = gateway.new_inbox()
+        await gateway.listen(inbox, arrived)
+        wanted = orjson.dumps({"seq": 1, "batch": 1, "next_by_subj": "revoked.user.nobody"})
+        gateway.send("$JS.API.DIRECT.GET.REVOCATIONS", wanted, inbox)
+        await until(lambda: len(answers) == 2, "the message and the end")
+        assert answers == [0, 204]
+        await gateway.store("dead.user", b"second")
+        found = [letter.body async for letter in letters.each(operator)]
+        assert found[-2:] == [b"first", b"second"]
+    finally:
+        await operator.close()
+        await gateway.close()
