@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from tidings.cli import main
+from support.command import run_here
 from tidings.stream.roles import Publisher
 from tidings.stream.server import find_binary
 from tidings.wire.errors import BadSettings
 
 
 def configure(folder: Path, *options: str) -> int:
-    return main(["topology", "nats-config", str(folder), *options])
+    return run_here("topology", "nats-config", folder, *options)
 
 
 def seeds(folder: Path) -> dict[str, str]:

@@ -10,13 +10,14 @@ from typing import Any
 
 import orjson
 import pytest
+from nats.aio.msg import Msg
 
 from support.clock import PATIENCE_S, until
 from support.mesh import QUICK
 from support.secured import Outsider, SecuredNats, secured_nats
 from tidings.publish import Publisher
 from tidings.runtime.settings import Settings
-from tidings.stream import topology
+from tidings.stream import consumers, letters, topology
 from tidings.stream.connection import connect
 from tidings.stream.keys import Keys
 from tidings.wire import subject
@@ -37,7 +38,13 @@ STREAM_API = (
     *("INFO", "STREAM.LIST", "STREAM.NAMES", "STREAM.CREATE.EVIL", f"STREAM.INFO.{STREAM}", f"STREAM.UPDATE.{STREAM}"),
     *(f"STREAM.DELETE.{STREAM}", f"STREAM.PURGE.{STREAM}", f"STREAM.MSG.GET.{STREAM}", f"STREAM.MSG.DELETE.{STREAM}"),
     *(f"STREAM.SNAPSHOT.{STREAM}", f"STREAM.RESTORE.{STREAM}", f"STREAM.LEADER.STEPDOWN.{STREAM}"),
-    *(f"DIRECT.GET.{STREAM}", f"DIRECT.GET.{STREAM}.{WHERE}", "DIRECT.GET.DEAD", "STREAM.MSG.GET.REVOCATIONS"),
+    *(
+        f"DIRECT.GET.{STREAM}",
+        f"DIRECT.GET.{STREAM}.{WHERE}",
+        "DIRECT.GET.DEAD",
+        "STREAM.MSG.GET.REVOCATIONS",
+        "STREAM.MSG.GET.KEYS",
+    ),
 )
 CONSUMER_API = (
     *(f"CONSUMER.CREATE.{STREAM}", f"CONSUMER.CREATE.{STREAM}.evil", f"CONSUMER.CREATE.{STREAM}.evil.{WHERE}"),
@@ -120,15 +127,15 @@ def api(*requests: str) -> tuple[str, ...]:
 async def test_nobody_comes_in_without_a_key(server: SecuredNats, login: str) -> None:
     """No anonymous client, no password, no token."""
     url = server.url.replace("//", f"//{login}")
-    with pytest.raises(StreamUnavailable, match="Authorization Violation"):
-        await connect(Settings(nats_url=url, request_timeout_s=2), "test")
+    with pytest.raises(StreamUnavailable, match="no connection to NATS"):
+        await connect(Settings(nats_url=url, request_timeout_s=1), "test")
 
 
 async def test_nobody_comes_in_with_a_key_of_their_own(server: SecuredNats, tmp_path: Path) -> None:
     """A key is good because the configuration has it."""
     Keys(tmp_path).make("gateway")
-    settings = settings_of(server, "gateway", nats_credentials=str(tmp_path / "gateway.nk"), request_timeout_s=2)
-    with pytest.raises(StreamUnavailable, match="Authorization Violation"):
+    settings = settings_of(server, "gateway", nats_credentials=str(tmp_path / "gateway.nk"), request_timeout_s=1)
+    with pytest.raises(StreamUnavailable, match="no connection to NATS"):
         await connect(settings, "test")
 
 
@@ -325,6 +332,35 @@ async def test_an_answer_is_given_once(server: SecuredNats) -> None:
         assert not await gateway.may_publish("_INBOX_api.x.2", b"ok")
 
 
+@pytest.mark.parametrize("verdict", [b"", b"+TERM", b"-NAK", b"+NXT", b"+WPI"])
+async def test_nobody_acknowledges_for_the_inbox_agents(server: SecuredNats, verdict: bytes) -> None:
+    """What is not stored stays unacknowledged, in whatever form of reply subject a gateway says otherwise."""
+    async with role(server, "inbox") as inbox, role(server, "gateway") as gateway:
+        await inbox.ask("$JS.API.STREAM.LIST", {})
+        arrived = asyncio.get_running_loop().create_future()
+
+        async def come(message: Msg) -> None:
+            if message.reply:
+                arrived.set_result(message.reply)
+
+        await inbox.client.subscribe("ib.attacked.0.1", cb=come)
+        await inbox.client.publish(f"$JS.API.CONSUMER.MSG.NEXT.{STREAM}.inbox", b"1", reply="ib.attacked.0.1")
+        async with asyncio.timeout(PATIENCE_S):
+            own = await arrived
+        behind = own.removeprefix("$JS.ACK.")
+        assert behind.startswith(f"{STREAM}.inbox.")
+        forms = (
+            own,
+            *(f"$JS.ACK.{domain}.{hash}.{behind}" for domain in ("_", STREAM) for hash in ("x", "inbox", "0")),
+        )
+        for form in (*forms, *(f"{form}.token" for form in forms)):
+            await gateway.may_publish(form, verdict)
+        info = await inbox.ask(f"$JS.API.CONSUMER.INFO.{STREAM}.inbox")
+        assert info["num_ack_pending"] == 1
+        await inbox.client.publish(own, b"-NAK")
+        await inbox.settle()
+
+
 async def make_consumer(gateway: Outsider, name: str, **config: Any) -> None:
     answer = await gateway.ask(
         f"$JS.API.CONSUMER.CREATE.{STREAM}.{name}.{WHERE}",
@@ -411,7 +447,7 @@ async def test_no_answer_of_jetstream_is_a_request(server: SecuredNats) -> None:
             "api",
             {
                 *(WHERE, "part.0.user.mallory", "revoked.user.alice", "revoked.device.alice.phone"),
-                *("gw.abcdefgh.user", "gw.abcdefgh.topics"),
+                *("gw.abcdefgh.user", "gw.abcdefgh.topics", "claimed", "$JS.API.STREAM.MSG.GET.KEYS"),
                 *api("STREAM.LIST", f"STREAM.INFO.{STREAM}", "STREAM.MSG.GET.REVOCATIONS", "DIRECT.GET.DEAD"),
                 *api(f"CONSUMER.INFO.{STREAM}.inbox"),
             },
@@ -429,9 +465,49 @@ async def test_each_agent_does_its_own_work_alone(server: SecuredNats, name: str
 
 async def test_an_agents_key_for_the_operators_work(server: SecuredNats) -> None:
     """Whoever takes the wrong key is told that it is the key."""
-    connection = await connect(settings_of(server, "fanout", request_timeout_s=0.5), "test")
+    connection = await connect(settings_of(server, "fanout", request_timeout_s=0.5), "tidings-fanout")
     try:
         with pytest.raises(StreamUnavailable, match="credentials do not allow it"):
             await connection.ask(f"$JS.API.STREAM.PURGE.{STREAM}")
     finally:
         await connection.close()
+
+
+async def test_an_agent_with_the_key_of_another(server: SecuredNats) -> None:
+    """It may ask, and does not hear the answer: it is told that, too."""
+    connection = await connect(settings_of(server, "inbox", request_timeout_s=0.5), "tidings-gateway")
+    try:
+        with pytest.raises(StreamUnavailable, match="Are they those of another program"):
+            await topology.discover(connection)
+    finally:
+        await connection.close()
+
+
+@pytest.mark.parametrize("header", [b"NATS/1.0 404 Gone\r\n\r\n", b"NATS/1.0 204 EOB\r\n\r\n"])
+async def test_what_looks_like_the_end(server: SecuredNats, header: bytes) -> None:
+    """Of revocations and dead letters: one with the status of an end, which a broken agent stored, ends no reading."""
+    operator = await connect(settings_of(server, "operator"), "test")
+    gateway = await connect(settings_of(server, "gateway"), "tidings-gateway")
+    try:
+        assert operator.send("revoked.user.nobody", header=header)
+        await operator.confirm()
+        assert gateway.send("dead.user", b"first", header=header)
+        await gateway.confirm()
+        answers: list[int] = []
+
+        def arrived(where: bytes, reply: bytes, header: bytes | None, body: bytes) -> None:
+            assert header is not None
+            answers.append(consumers.direct_get_status(header))
+
+        inbox = gateway.new_inbox()
+        await gateway.listen(inbox, arrived)
+        wanted = orjson.dumps({"seq": 1, "batch": 1, "next_by_subj": "revoked.user.nobody"})
+        gateway.send("$JS.API.DIRECT.GET.REVOCATIONS", wanted, inbox)
+        await until(lambda: len(answers) == 2, "the message and the end")
+        assert answers == [0, 204]
+        await gateway.store("dead.user", b"second")
+        found = [letter.body async for letter in letters.each(operator)]
+        assert found[-2:] == [b"first", b"second"]
+    finally:
+        await operator.close()
+        await gateway.close()

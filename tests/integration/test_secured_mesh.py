@@ -168,6 +168,7 @@ async def test_what_the_operator_does(mesh: SecuredMesh) -> None:
     assert receipt.id in run("user", "export", "--user", "alice")
     run("revoke", "--user", "alice")
     await alice.until(lambda: alice.close_code == 4401, "the session ends")
+    assert "reason" in run("deadletters", "list", "--user", "alice")
     assert "log: 1 notifications deleted" in run("user", "erase", "--user", "alice")
     assert "NOTIFY_" in run("publish", "--user", "alice", "--type", "test.made", key="publisher-shop")
 

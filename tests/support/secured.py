@@ -21,7 +21,6 @@ from typing import Any, Final, Self
 import nats
 from nats.aio.msg import Msg
 
-from tidings.cli import main
 from tidings.runtime.settings import Settings
 from tidings.store.factory import open_store_url
 from tidings.stream import topology
@@ -29,6 +28,7 @@ from tidings.stream.connection import connect
 from tidings.stream.server import find_binary
 
 from .clock import PATIENCE_S
+from .command import run_here
 from .mesh import PARTITIONS, QUICK, Agent, Mesh
 
 PUBLISHERS: Final = ("shop:user:*,topic:shop.>", "bank:user:alice,topic:bank.rates")
@@ -53,7 +53,7 @@ class SecuredNats:
         settings = self.folder / "settings.toml"
         settings.write_text(f"partitions = {PARTITIONS}\n")
         command = ["topology", "nats-config", str(self.folder), *publishers, *options, "--config", str(settings)]
-        assert main(command) == 0
+        assert run_here(*command) == 0
 
     def tidings(self, *arguments: str, key: str | None = None, **environment: str) -> str:
         """Run ``tidings`` to its end, with the key of a role; fails unless it succeeds."""

@@ -34,8 +34,9 @@ def _number(default: float, least: float, most: float, text: str) -> Any:
     return field(default=default, metadata={"least": least, "most": most, "text": text})
 
 
-def _text(default: str, text: str, *, choices: tuple[str, ...] = ()) -> Any:
-    return field(default=default, metadata={"choices": choices, "text": text}, repr="secret" not in text)
+def _text(default: str, text: str, *, choices: tuple[str, ...] = (), secret: bool = False) -> Any:
+    """A `secret` may hold one: it is not in the text of a `Settings`."""
+    return field(default=default, metadata={"choices": choices, "text": text}, repr=not secret)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +44,7 @@ class Settings:
     """All settings, checked; raises `BadSettings` naming the setting, its value and its range."""
 
     # The log
-    nats_url: str = _text("nats://127.0.0.1:4222", "servers of the NATS cluster, comma-separated")
+    nats_url: str = _text("nats://127.0.0.1:4222", "servers of the NATS cluster, comma-separated", secret=True)
     nats_credentials: str = _text(
         "", "path of a NATS credentials file, or of an nkey's seed (needs tidings[nkeys]); empty for none"
     )
@@ -62,7 +63,7 @@ class Settings:
 
     # The store
     store_url: str = _text(
-        "sqlite:///tidings.db", "where inbox and cursors live: sqlite:///file.db or cql://host/keyspace"
+        "sqlite:///tidings.db", "where inbox and cursors live: sqlite:///file.db or cql://host/keyspace", secret=True
     )
     store_timeout_s: float = _number(1, 0.05, 60, "how long the store may take for what a client waits for")
     cql_replication: str = _text("", "copies in each datacenter of a new CQL keyspace, such as dc1:3 or dc1:3,dc2:3")
@@ -77,7 +78,9 @@ class Settings:
     host: str = _text("127.0.0.1", "address to listen on")
     port: int = _number(8080, 0, 65_535, "port to listen on; 0 for any")
     token_key: str = _text(
-        "", "secrets of tokens (HS256), comma-separated, at least 32 characters each: the first signs, all verify"
+        "",
+        "secrets of tokens (HS256), comma-separated, at least 32 characters each: the first signs, all verify",
+        secret=True,
     )
     token_key_file: str = _text(
         "", "path of the public keys of tokens: one in PEM, or a JWK Set (needs tidings[crypto])"
@@ -134,7 +137,9 @@ class Settings:
     subscribe_callback_url: str = _text(
         "", "address that is asked, behind subscribe_rules, which topics a user may have; empty for none"
     )
-    subscribe_callback_token: str = _text("", "secret that subscribe_callback_url is sent as a bearer token")
+    subscribe_callback_token: str = _text(
+        "", "secret that subscribe_callback_url is sent as a bearer token", secret=True
+    )
     subscribe_callback_timeout_s: float = _number(1, 0.05, 60, "how long subscribe_callback_url may take to answer")
     subscribe_callback_ttl_s: float = _number(60, 0, 86_400, "how long its answer counts")
     subscribe_callback_cache: int = _number(100_000, 0, 10_000_000, "most answers of it that are remembered")

@@ -153,7 +153,8 @@ class Connection(Client):
 
     def _why(self, where: str, error: Exception) -> str:
         """Why a request had no answer, as far as it is known. The server says subjects in lower case."""
-        if f'publish to "{where.lower()}"' in self._forbidden:
+        own = self._inbox_prefix.decode().lower()
+        if f'publish to "{where.lower()}"' in self._forbidden or f'subscription to "{own}.' in self._forbidden:
             return "the NATS credentials do not allow it. Are they those of another program (nats_credentials)?"
         return str(error) or type(error).__name__
 

@@ -30,7 +30,7 @@ from tidings.wire.errors import (
 from tidings.wire.notification import check as check_envelope
 
 from .connection import ApiError, Connection
-from .consumers import NOT_FOUND, status_of
+from .consumers import NOT_FOUND, direct_get_status
 from .letter import EVERYTHING, Filter, Letter
 from .topology import DEAD, TOPICS, is_partition
 
@@ -249,7 +249,7 @@ async def _batch(connection: Connection, first: int) -> list[Letter]:
     status: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
     def arrived(where: bytes, reply: bytes, header: bytes | None, body: bytes) -> None:
-        code = status_of(header)[0] if header is not None else 0
+        code = direct_get_status(header) if header is not None else 0
         if code:
             if not status.done():
                 status.set_result(code)

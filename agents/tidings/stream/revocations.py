@@ -24,7 +24,7 @@ from tidings.wire import subject
 from tidings.wire.errors import BadSubject, StreamUnavailable, TopologyMismatch
 
 from .connection import ApiError, Connection
-from .consumers import NOT_FOUND, status_of
+from .consumers import NOT_FOUND, direct_get_status
 from .topology import REVOCATIONS
 
 __all__ = ["Revocation", "Revocations", "revoke"]
@@ -196,7 +196,7 @@ class Revocations:
         if header is None or not where.endswith(b".%d" % self._asked):
             # Such as the rest of an answer that nobody waits for any more.
             return
-        status, _ = status_of(header)
+        status = direct_get_status(header)
         if status:
             if self._answer is not None and not self._answer.done():
                 self._answer.set_result(status)
