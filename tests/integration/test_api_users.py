@@ -14,6 +14,7 @@ import pytest
 from support.api import api, refusal, service, user
 from support.clock import PATIENCE_S
 from support.mesh import Mesh, running_mesh
+from tidings.stream import topology
 
 
 @pytest.fixture
@@ -202,6 +203,25 @@ async def test_refused_subscriptions(mesh: Mesh) -> None:
             refusal(answer, status, code, pointer=pointer)
         assert (await http.get(path, headers=service())).json()["topics"] == []
         refusal(await http.delete(f"{path}/post.*", headers=service()), 400, "bad_parameter", parameter="topic")
+
+
+async def test_not_ready_blindly(mesh: Mesh) -> None:
+    """An api agent that cannot read what is revoked is not ready, and is again when it can."""
+    async with api(mesh) as http:
+        assert (await http.get("/readyz")).status_code == 200
+        await mesh.connection.api(f"STREAM.DELETE.{topology.REVOCATIONS}")
+
+        async def unready() -> bool:
+            return (await http.get("/readyz")).status_code == 503
+
+        await comes_true(unready)
+        assert (await http.get("/readyz")).json()["problems"] == ["it is not known which tokens are revoked"]
+        await topology.apply(mesh.connection, mesh.settings)
+
+        async def ready() -> bool:
+            return (await http.get("/readyz")).status_code == 200
+
+        await comes_true(ready)
 
 
 async def test_revocation(mesh: Mesh) -> None:

@@ -6,11 +6,15 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import aiohttp
+import jwt
 import pytest
 from aiohttp import web
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from support.clock import PATIENCE_S, until
 from support.device import Device
@@ -48,6 +52,22 @@ async def test_rotation(issuer: Issuer) -> None:
         await asyncio.wait_for(_accepted(ours, new), PATIENCE_S)
         with pytest.raises(NotAuthenticated, match="no key"):
             await ours.verify(old)
+
+
+async def test_rotation_beside_a_file(issuer: Issuer, tmp_path: Path) -> None:
+    """A key without a name, such as that of a PEM file, is tried for every token, and is not what a new one names."""
+    beside = ec.generate_private_key(ec.SECP256R1())
+    pem = beside.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    (tmp_path / "key.pem").write_bytes(pem)
+    async with verifier(issuer, token_jwks_pause_s=0.05, token_key_file=str(tmp_path / "key.pem")) as ours:
+        assert (await ours.verify(issuer.token("alice")))[0] == "alice"
+        issuer.rotate("second")
+        await asyncio.wait_for(_accepted(ours, issuer.token("alice")), PATIENCE_S)
+        claims = {"sub": "bob", "exp": int(time.time()) + 60}
+        reads = issuer.reads
+        for headers in ({}, {"kid": "unknown"}):
+            assert (await ours.verify(jwt.encode(claims, beside, algorithm="ES256", headers=headers)))[0] == "bob"
+        assert issuer.reads == reads, "a token that is good has nothing read"
 
 
 async def _accepted(ours: Verifier, token: str) -> None:

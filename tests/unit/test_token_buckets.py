@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 
 from tidings.api.limits import Limiter, Policy, Room, header_fields
@@ -80,4 +82,24 @@ def test_room() -> None:
         raise KeyError
     with room.of("a", 3):
         pass
+    assert room._taken == {}
+
+
+def test_room_of_nothing() -> None:
+    """Who takes no units is let in always, and out again however those beside it come and go."""
+    room = Room(1, "overloaded", "requests")
+    with room.of():
+        with room.of(units=0):
+            pass
+        with pytest.raises(Refused), room.of():
+            pytest.fail("there was no room")
+    with contextlib.ExitStack() as first, contextlib.ExitStack() as second:
+        first.enter_context(room.of(units=0))
+        second.enter_context(room.of(units=0))
+        first.close()
+        second.close()
+    with contextlib.ExitStack() as long:
+        long.enter_context(room.of(units=0))
+        with room.of():
+            pass
     assert room._taken == {}

@@ -122,6 +122,8 @@ class Api(Service):
 
     def _unready(self) -> Sequence[str]:
         problems = [] if self.ready else [f"the api is {self.state.value}"]
+        if self._revocations is not None and not self._revocations.current:
+            problems.append("it is not known which tokens are revoked")
         if self._verifier.problem is not None:
             problems.append(self._verifier.problem)
         return problems

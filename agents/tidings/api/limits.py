@@ -107,8 +107,7 @@ class Room:
         try:
             yield
         finally:
-            left = self._taken[key] - units
+            # Whoever took no units may find that the last one of those who did took the entry along.
+            left = self._taken.pop(key, 0) - units
             if left:
                 self._taken[key] = left
-            else:
-                del self._taken[key]

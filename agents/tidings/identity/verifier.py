@@ -84,12 +84,15 @@ class Verifier:
         """
         algorithm, kid = _read_header(token)
         able = candidates(self._keys(), algorithm, kid)
-        if not able and self._url is not None and algorithm != "HS256":
+        claims = self._claims(token, able)
+        if claims is None and self._url is not None and algorithm != "HS256" and not _has_name(able, kid):
             await self._url.look_again()
-            able = candidates(self._keys(), algorithm, kid)
-            if not able and not self._url.known:
+            claims = self._claims(token, candidates(self._keys(), algorithm, kid))
+            if claims is None and not self._url.known:
                 raise KeysUnavailable("the keys that verify tokens cannot be read now: come again later")
-        return self._principal(self._claims(token, able))
+        if claims is None:
+            raise NotAuthenticated(_FORGED)
+        return self._principal(claims)
 
     def _keys(self) -> list[Key]:
         keys = list(self._secrets)
@@ -99,7 +102,8 @@ class Verifier:
             keys += self._url.current()
         return keys
 
-    def _claims(self, token: str, able: list[Key]) -> dict[str, Any]:
+    def _claims(self, token: str, able: list[Key]) -> dict[str, Any] | None:
+        """What it says; None where none of these keys has signed it."""
         settings = self._settings
         for key in able:
             try:
@@ -120,7 +124,7 @@ class Verifier:
                 raise NotAuthenticated(f"the token lacks the claim {error.claim!r}") from None
             except (jwt.PyJWTError, RecursionError, TypeError, ValueError):
                 raise NotAuthenticated(_DAMAGED) from None
-        raise NotAuthenticated(_FORGED)
+        return None
 
     def _principal(self, claims: dict[str, Any]) -> Device | Caller:
         expires, issued = self._check_times(claims)
@@ -158,6 +162,11 @@ def _url_keys(settings: Settings) -> UrlKeys:
     from .jwks import UrlKeys
 
     return UrlKeys(settings, time.monotonic)
+
+
+def _has_name(keys: list[Key], kid: str | None) -> bool:
+    """If one of them is the key that the token names: one of no name is not, though it was tried."""
+    return kid is not None and any(key.kid == kid for key in keys)
 
 
 def _read_header(token: str) -> tuple[str, str | None]:
