@@ -43,6 +43,13 @@ listen: "0.0.0.0:4222"
 #   name: "tidings"
 #   listen: "0.0.0.0:6222"
 #   routes: ["nats://n1:6222", "nats://n2:6222", "nats://n3:6222"]
+#   # No permission holds on this port: who reaches it is a server. Each shows a certificate of a CA for servers alone.
+#   tls {
+#     cert_file: "/etc/tidings/route.pem"
+#     key_file: "/etc/tidings/route.key"
+#     ca_file: "/etc/tidings/routes-ca.pem"
+#     verify: true
+#   }
 # }
 
 jetstream {
