@@ -49,7 +49,8 @@ class Worker:
         self.world, self.name = world, name
         self.seen: list[object] = []
         self.request: Request | None = None
-        settings = Settings(**{**QUICK, "fanout_write_max": LIMIT})
+        # Thousands of agents are made: none is to compile schemas.
+        settings = Settings(**{**QUICK, "fanout_write_max": LIMIT, "schema_check": "off"})
         self.agent: Any = FanoutAgent(settings, world.store())
         self.agent._connection = SimpleNamespace(store=world.publish, api=world.get)
         self.agent._publisher = SimpleNamespace(publish_copies=world.copy)

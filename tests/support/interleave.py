@@ -913,6 +913,8 @@ class World:
 def _settings(scene: Scene) -> Settings:
     return Settings(
         token_key=KEY,
+        # Thousands of agents are made: none is to compile schemas.
+        schema_check="off",
         partitions=1,
         window=scene.window,
         catchup_cap=scene.cap,
