@@ -22,6 +22,7 @@ from .admission import Admission
 from .conversation import Conversation
 from .hub import Hub, new_id
 from .opening import Opener, Plan
+from .pace import Pace
 from .requests import Requests
 from .session import Session
 from .socket import Socket
@@ -29,6 +30,8 @@ from .socket import Socket
 __all__ = ["Door"]
 
 _RETRY_SPREAD_MS: Final = 3000
+_A_TURN: Final = 8
+"""Handshakes, and hellos, of one turn of the loop: one or two milliseconds of it."""
 
 log = logging.getLogger("tidings.gateway")
 
@@ -51,6 +54,7 @@ class Door:
         self._hub = hub
         self._opener = opener
         self._requests = Requests(hub)
+        self._handshakes, self._hellos = Pace(_A_TURN), Pace(_A_TURN)
         self._admission = Admission(hub.settings.consumer_starts, hub.settings.start_wait_s, hub.now)
         self.open = True
         """Cleared when the gateway drains."""
@@ -66,6 +70,7 @@ class Door:
             raise web.HTTPServiceUnavailable(headers={"Retry-After": str(1 + self._admission.come_back_ms() // 1000)})
         self._entering.add(socket)
         try:
+            await self._handshakes.turn()
             response = await socket.accept(request)
             session = await self._enter(socket, request.headers.get("Authorization"))
             self._entering.discard(socket)
@@ -105,6 +110,7 @@ class Door:
             raise _Refused(codes.NO_HELLO, f"no hello came within {settings.hello_timeout_s:g} s") from None
         if frame is None:
             return None
+        await self._hellos.turn()
         hello = self._read_hello(frame)
         identity = self._identify(hello, authorization)
         device = identity.device or hello.device or f"session-{new_id()}"
