@@ -2,6 +2,7 @@
 # make dev       everything on this machine: NATS, agents, a page (ARGS="--port 9000" for its options)
 # make test      every check, one tox environment each
 # make lint      style and types only
+# make fuzz      100,000 hostile frames and bodies (FUZZ=n for another number, SEED=x to repeat a run)
 # make bench     what a device and a notification cost (make bench-stores: the inbox on each store)
 # make clean     forget all of it, the state folder .tidings excepted
 
@@ -10,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: install dev test lint bench bench-stores clean
+.PHONY: install dev test lint fuzz bench bench-stores clean
 .DEFAULT_GOAL := install
 
 install: $(VENV)/.installed
@@ -36,6 +37,11 @@ test: $(VENV)/.tox-installed
 
 lint: $(VENV)/.tox-installed
 	$(BIN)/tox run -e lint,types
+
+# `make test` runs a few thousand of them.
+fuzz: install
+	$(PIP) install --editable '.[test]'
+	TIDINGS_TEST_FUZZ_CASES=$(or $(FUZZ),100000) TIDINGS_TEST_FUZZ_SEED=$(SEED) $(BIN)/python -m pytest -s tests/fuzz
 
 bench: install
 	$(BIN)/python -m bench $(ARGS)

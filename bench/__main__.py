@@ -20,6 +20,7 @@ from tidings.wire.errors import TidingsError
 from . import figures, profiler
 from .figures import Figure
 from .host import BenchFailed, pick_cores, running_mesh
+from .hostile import HostilePlan, HostileRepeat, run_hostile
 from .leaving import ExodusPlan, LeavingPlan, LeavingRepeat, run_leaving
 from .system import alone, machine, on_cores, raise_open_files, versions
 from .topics import CrowdPlan, TopicPlan, TopicRepeat, run_topics
@@ -30,8 +31,7 @@ _SPARE_FILES: Final = 500
 _LOST: Final = 1
 _FAILED: Final = 2
 
-
-AnyPlan = Plan | TopicPlan | LeavingPlan
+AnyPlan = Plan | TopicPlan | LeavingPlan | HostilePlan
 
 
 class _Suite(NamedTuple):
@@ -41,7 +41,7 @@ class _Suite(NamedTuple):
     quick: dict[str, Any]
     """Of the plan, for a smoke test."""
     figures: Sequence[Figure]
-    run: Callable[[Any, Say], Awaitable[Repeat | TopicRepeat | LeavingRepeat]]
+    run: Callable[[Any, Say], Awaitable[Repeat | TopicRepeat | LeavingRepeat | HostileRepeat]]
     file: Path
     """Where the figures go unless something else is said."""
     begin: str
@@ -129,6 +129,24 @@ _SUITES: Final = {
         "<!-- exodus: written by `python -m bench --suite exodus --write` -->",
         "<!-- end of exodus -->",
     ),
+    "hostile": _Suite(
+        HostilePlan,
+        {
+            "devices": 50,
+            "rate": 100,
+            "seconds": 0.5,
+            "partitions": 8,
+            "warm_up": 5,
+            "warm_up_s": 0.3,
+            "settle_s": 0.5,
+            "hostile": 10,
+        },
+        figures.HOSTILE,
+        run_hostile,
+        Path("bench/hostile.json"),
+        "<!-- hostile: written by `python -m bench --suite hostile --write` -->",
+        "<!-- end of hostile -->",
+    ),
 }
 
 
@@ -157,6 +175,8 @@ def _arguments() -> argparse.Namespace:
     personal.add_argument(
         "--no-message-id", dest="message_id", action="store_false", default=None, help="publish without Nats-Msg-Id"
     )
+    hostile = parser.add_argument_group("hostile")
+    hostile.add_argument("--hostile", type=int, help=f"hostile clients of each kind (default: {HostilePlan().hostile})")
     group = parser.add_argument_group("topics")
     group.add_argument("--broadcasts", type=int, help=f"broadcasts of each load (default: {topics.broadcasts})")
     group.add_argument("--every-s", type=float, help=f"seconds between two (default: {topics.every_s:g})")
@@ -219,6 +239,10 @@ def _settings(plan: AnyPlan) -> dict[str, Any]:
 def _loads(plan: AnyPlan) -> str:
     if isinstance(plan, LeavingPlan):
         return f"{plan.rate:,} notifications of {plan.size} bytes a second all the time"
+    if isinstance(plan, HostilePlan):
+        return (
+            f"{plan.rate:,} notifications a second for {plan.seconds:g} s a load; {plan.hostile} hostile clients a kind"
+        )
     if isinstance(plan, TopicPlan):
         return (
             f"{plan.broadcasts} broadcasts of {plan.size} bytes a load, {1 / plan.every_s:g} a second; "

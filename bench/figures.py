@@ -6,7 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any, Final, NamedTuple
 
-__all__ = ["LEAVING", "PERSONAL", "TOPICS", "Figure", "summary", "table"]
+from .mallory import KINDS
+
+__all__ = ["HOSTILE", "LEAVING", "PERSONAL", "TOPICS", "Figure", "summary", "table"]
 
 
 class Figure(NamedTuple):
@@ -106,6 +108,21 @@ LEAVING: Final[tuple[Figure, ...]] = (
     *_returns("rolling", "Two gateways restarted, one after the other"),
     *_returns("storm", "A gateway killed, all at once to another one"),
 )
+
+
+def _hostile(kind: str, who: str) -> Iterable[Figure]:
+    yield Figure(f"{kind}_without_p50_ms", "Nobody hostile: publish to device, p50", "ms", 1)
+    yield Figure(f"{kind}_p50_ms", f"Beside those {who}: p50", "ms", 1)
+    yield Figure(f"{kind}_without_p99_ms", "Nobody hostile: publish to device, p99", "ms", 1)
+    yield Figure(f"{kind}_p99_ms", f"Beside those {who}: p99", "ms", 1)
+    yield Figure(f"{kind}_ratio", "The p99 with them by the p99 without", "times", 2)
+    yield Figure(f"{kind}_without_gateway_percent", "Nobody hostile: CPU of the gateway", "% of a core")
+    yield Figure(f"{kind}_gateway_percent", f"Beside those {who}: CPU of the gateway", "% of a core")
+    yield Figure(f"{kind}_others_percent", "What others had of the servers' core meanwhile", "% of a core")
+    yield Figure(f"{kind}_connections", "Connections that they made", "connections")
+
+
+HOSTILE: Final[tuple[Figure, ...]] = tuple(figure for kind in KINDS for figure in _hostile(kind, KINDS[kind]))
 
 
 def summary(runs: Sequence[Mapping[str, float]], wanted: Sequence[Figure]) -> dict[str, Any]:

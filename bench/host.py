@@ -155,6 +155,12 @@ class Mesh:
         await worker.ask("setup", port=self._port, key=self._settings.token_key)
         return worker
 
+    async def start_hostile(self) -> Worker:
+        """Start the hostile clients, where the load is; see `bench.mallory`."""
+        worker = await self.start_worker("mallory", self._cores.load)
+        await worker.ask("setup", port=self._port, key=self._settings.token_key)
+        return worker
+
     async def start_bare(self) -> Worker:
         """Start the yardstick, where the servers are; see `bench.bare`."""
         return await self.start_worker("bare", self._cores.servers)

@@ -24,7 +24,7 @@ import uvloop
 from bench.publisher import EVERYBODY, user_of
 from bench.returning import Attempt, Returning
 from bench.waiting import until
-from tidings.runtime.tokens import issue
+from tidings.identity import issue
 from tidings.wire.frames import SUBPROTOCOL
 
 __all__ = ["Device", "Fleet", "Shared", "client_frame", "quantile"]

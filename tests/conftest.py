@@ -6,12 +6,12 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import pytest
 
-from support.cassandra import ADDRESS_VARIABLE, CqlServer, cql_server
+from support.cassandra import ADDRESS_VARIABLE, CA_VARIABLE, CqlServer, cql_server, own_cql_server
 from support.cql import new_keyspace
 from support.mesh import Mesh, running_mesh
 
@@ -28,6 +28,8 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(stack.close)
         config.stash[_SERVER] = stack.enter_context(cql_server())
         os.environ[ADDRESS_VARIABLE] = config.stash[_SERVER].contact_point
+        if (ca := config.stash[_SERVER].ca) is not None:
+            os.environ[CA_VARIABLE] = str(ca)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -45,7 +47,20 @@ async def mesh(tmp_path: Path) -> AsyncIterator[Mesh]:
 
 
 @pytest.fixture(scope="session")
-def cql_url() -> Iterator[str]:
-    """A keyspace of this run on the real CQL server, which is started once a run, when it is first needed."""
+def cql() -> Iterator[CqlServer]:
+    """The real CQL server, which is started once a run, when it is first needed."""
     with cql_server() as server:
-        yield asyncio.run(new_keyspace(server.contact_point))
+        yield server
+
+
+@pytest.fixture(scope="session")
+def cql_url(cql: CqlServer) -> str:
+    """A keyspace of this run on it."""
+    return asyncio.run(new_keyspace(cql.contact_point))
+
+
+@pytest.fixture(scope="session")
+def tls_cql(cql: CqlServer) -> Iterator[CqlServer]:
+    """One that speaks TLS as well: that server, or where it was given and does not, one of our own."""
+    with nullcontext(cql) if cql.ca is not None else own_cql_server() as server:
+        yield server

@@ -78,11 +78,16 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        with running("dev", "--port", "0", "--nats-port", "0") as mesh:
+        listed = subprocess.run([str(COMMAND), "schemas", "list"], check=True, capture_output=True, text=True).stdout
+        assert "social.like" in listed, "the wheel has no event schemas"
+        with running("dev", "--port", "0", "--api-port", "0", "--nats-port", "0") as mesh:
             page = mesh.said(r"Page +(http://\S+)")
+            api = mesh.said(r"HTTP api +(http://\S+)")
             nats = mesh.said(r"NATS +(nats://\S+)")
             with urllib.request.urlopen(page, timeout=PATIENCE_S) as answer:
                 assert b"<title>Tidings</title>" in answer.read(), "the wheel has no page"
+            with urllib.request.urlopen(api, timeout=PATIENCE_S) as answer:
+                assert b"/v1/publish" in answer.read(), "the wheel has no contract of the HTTP api"
             with running("listen", "--user", "alice", "--json") as listener:
                 listener.said("listening as alice")
                 sent = ("--user", "alice", "--type", "wheel.smoke", "--data", '{"text":"hi"}', "--id", "one")

@@ -15,7 +15,19 @@ from pathlib import Path
 from typing import Any, Final
 
 import tidings
-from tidings.commands import agents, dev, devices, doctor, publish, settings, topology, user
+from tidings.commands import (
+    agents,
+    deadletters,
+    dev,
+    devices,
+    doctor,
+    publish,
+    schemas,
+    settings,
+    tokens,
+    topology,
+    user,
+)
 from tidings.wire.errors import TidingsError
 
 __all__ = ["main", "parser"]
@@ -40,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     common.add_argument("--config", default=argparse.SUPPRESS, **_CONFIG)
     top.add_argument("--version", action="version", version=f"tidings {tidings.__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (dev, devices, publish, topology, agents, user, doctor, settings):
+    for module in (dev, tokens, devices, publish, topology, agents, user, deadletters, schemas, doctor, settings):
         module.register(commands, common)
     return top
 

@@ -22,6 +22,8 @@ from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_a
 
 from support.clock import PATIENCE_S
 from tidings.store.port import (
+    ANONYMOUS,
+    DEVICES_CAP,
     MISSED_CAP,
     UNREAD_CAP,
     Broadcast,
@@ -184,6 +186,11 @@ async def followers(store: Store, topic: str, limit: int = 100) -> set[str]:
         if page.next is None:
             return found
         page = await store.subscribers(topic, page.next, limit)
+
+
+async def devices(store: Store) -> set[str]:
+    """Whose cursor is kept."""
+    return {entry["device"] async for entry in store.export(ALICE) if entry["kind"] == "cursor"}
 
 
 def update(device: str, holder: Holder, cursor: Cursor, *, release: bool = False) -> CursorUpdate:
@@ -740,6 +747,29 @@ class StoreConformance:
         assert await store.holders(ALICE) == [TWO]
         assert (await store.claim(ALICE, "tablet", ONE, at(7))).first
         assert (await store.claim(BOB, "phone", ONE, at(7))).first
+
+    async def test_devices_are_bounded(self, store: Store) -> None:
+        """One device too many, and one is forgotten: anonymous before named, held by nobody before held, the one
+        furthest behind before others. The newest stays, and so do other users' devices."""
+        await store.claim(BOB, "phone", ONE, at(1))
+        await store.claim(ALICE, "old", ONE, at(1))
+        await store.claim(ALICE, "older", ONE, at(0))
+        await store.claim(ALICE, "held", ONE, at(0))
+        await store.claim(ALICE, f"{ANONYMOUS}held", ONE, at(0))
+        await store.claim(ALICE, f"{ANONYMOUS}1", ONE, at(50))
+        for number in range(DEVICES_CAP - 5):
+            await store.claim(ALICE, f"device-{number}", ONE, at(9))
+        gone = ("old", "older", f"{ANONYMOUS}1", *(f"device-{number}" for number in range(DEVICES_CAP - 5)))
+        released = [update(name, ONE, Cursor(at(0)), release=True) for name in gone]
+        assert await store.save(released) == []
+        kept = await devices(store)
+        assert len(kept) == DEVICES_CAP
+        for forgotten in (f"{ANONYMOUS}1", "older", "old"):
+            await store.claim(ALICE, f"new-{forgotten}", TWO, at(0))
+            kept = kept - {forgotten} | {f"new-{forgotten}"}
+            assert await devices(store) == kept
+        assert (await store.claim(ALICE, "held", ONE, at(7))).cursor == Cursor(at(0))
+        assert not (await store.claim(BOB, "phone", ONE, at(1))).first
 
     async def test_one_claim_wins(self, store: Store) -> None:
         """Of claims at the same time one is first and each other learns of a different predecessor."""

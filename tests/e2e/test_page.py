@@ -7,15 +7,21 @@ import re
 import shlex
 import shutil
 import signal
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import orjson
 import pytest
-from playwright.async_api import Locator, Page, expect
+from playwright.async_api import Locator, Page, Route, WebSocket, expect
 
 from support.browser import open_page
+from support.clock import until
 from support.command import answer
 from support.dev import Dev, dev, in_inbox
+from tidings.dev.state import read_key
+from tidings.identity import issue
+from tidings.publish import Publisher
 
 
 @pytest.fixture
@@ -97,6 +103,42 @@ async def test_publish_see_read(mesh: Dev) -> None:
         await expect(phone.items).to_have_count(0)
         await bob.has_unread("0")
         await expect(bob.items).to_have_count(0)
+
+
+MARKUP = '<img src=x onerror="ran=1"><script>ran=1</script>'
+
+
+async def test_markup_is_text(mesh: Dev) -> None:
+    """Markup in each name and value is shown as text; nothing of it runs, even without the policy of the page."""
+    async with open_page(mesh.url, bypass_csp=True) as page:
+        phone, _, bob = await cards(page)
+        for name in ("user-input", "device-input"):
+            await phone.part(name).fill(MARKUP)
+            await phone.part(name).press("Enter")
+        await phone.is_online()
+        await phone.follow(MARKUP)
+        await phone.follows(MARKUP)
+        await bob.follow("<b>*.*</b>.*")
+        await expect(bob.part("topic-error")).to_be_visible()
+        await phone.part("log").locator("summary").click()
+        await page.get_by_test_id("pub-user").fill(MARKUP)
+        await page.get_by_test_id("pub-type").fill(MARKUP)
+        await publish(page, MARKUP, MARKUP)
+        await expect(phone.items).to_have_count(1)
+        await expect(page.get_by_test_id("pub-result")).to_contain_text("<img src=x")
+        await publish_topic(page, MARKUP, f"to {MARKUP}")
+        async with Publisher(mesh.nats, source=MARKUP) as publisher:
+            await publisher.publish(MARKUP, MARKUP, {MARKUP: [MARKUP]}, id="nested", collapsekey=MARKUP)
+            await publisher.publish(MARKUP, MARKUP, MARKUP, id="plain")
+        await expect(phone.items).to_have_count(4)
+        for item in await phone.items.all():
+            await expect(item.locator(".type")).to_have_text(MARKUP)
+            await expect(item.locator(".words")).to_contain_text("<script>ran=1</script>")
+        await expect(phone.items.locator(".topic:visible")).to_have_text(MARKUP)
+        assert MARKUP in await phone.ids()
+        await expect(phone.part("log")).to_contain_text("<img src=x")
+        assert await page.evaluate("typeof ran") == "undefined"
+        assert await page.locator("[onerror], script:not([src])").count() == 0
 
 
 async def test_offline_and_catch_up(mesh: Dev) -> None:
@@ -287,3 +329,31 @@ async def test_the_same_topic_from_a_terminal(mesh: Dev, tmp_path: Path) -> None
         nats = await page.get_by_test_id("cmd-nats").text_content() or ""
         assert "nats pub --jetstream notify.topic.f%C3%AAte.4%202 " in nats
         assert "Nats-Msg-Id:notify.topic.f%C3%AAte.4%202/" in nats
+
+
+async def test_tokens_are_renewed(mesh: Dev, tmp_path: Path) -> None:
+    """The page shows a fresh token before the last one ends, twice, on the connection that it has."""
+    key, renewed, sockets = read_key(tmp_path / "state"), Counter[WebSocket](), list[WebSocket]()
+
+    async def short(route: Route) -> None:
+        asked = route.request.post_data_json
+        await route.fulfill(json={"token": issue(key, asked["user"], asked["device"], ttl_s=2)})
+
+    def watch(socket: WebSocket) -> None:
+        def received(payload: str | bytes) -> None:
+            if "expires_in" in orjson.loads(payload):
+                renewed[socket] += 1
+
+        sockets.append(socket)
+        socket.on("framereceived", received)
+
+    async with open_page(mesh.url) as page:
+        await page.route("**/dev/token", short)
+        page.on("websocket", watch)
+        await page.reload()
+        await cards(page)
+        # The welcome says it first.
+        await until(
+            lambda: len(renewed) == 3 and min(renewed.values()) >= 3, "every device has renewed its token twice"
+        )
+        assert len(sockets) == 3

@@ -8,7 +8,7 @@ import orjson
 import pytest
 
 from support.mesh import KEY, Mesh
-from tidings.runtime.tokens import issue
+from tidings.identity import issue
 from tidings.wire import subject
 from tidings.wire.position import Position
 

@@ -18,7 +18,7 @@ from support.light import Light
 from support.mesh import KEY, Mesh, running_mesh
 from support.proxy import Proxy
 from tidings.gateway.agent import Gateway
-from tidings.runtime.tokens import issue
+from tidings.identity import issue
 from tidings.store.port import Store
 from tidings.stream.topology import BROADCAST, BROADCAST_PART
 from tidings.wire.codes import RESTART

@@ -27,7 +27,7 @@ from support.cql import new_keyspace, query
 from support.device import Device, Frame
 from support.ledger import stored_ids
 from support.mesh import KEY, PARTITIONS, Agent, Mesh, running_mesh
-from tidings.runtime.tokens import issue
+from tidings.identity import issue
 from tidings.store.cql import parse_url, schema
 from tidings.store.port import UNREAD_CAP
 from tidings.wire import subject

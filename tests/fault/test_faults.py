@@ -13,7 +13,7 @@ from support.clock import until
 from support.ledger import stored_ids
 from support.mesh import KEY, PARTITIONS, Mesh
 from support.proxy import Proxy
-from tidings.runtime.tokens import issue
+from tidings.identity import issue
 from tidings.wire.errors import StreamUnavailable
 
 

@@ -18,9 +18,9 @@ from tidings.gateway.agent import Gateway
 from tidings.gateway.feed import Feed
 from tidings.gateway.follows import Follows
 from tidings.gateway.session import Session
-from tidings.runtime.tokens import issue
+from tidings.identity import issue
 from tidings.store.port import Cursor
-from tidings.stream import consumers, topology
+from tidings.stream import consumers, letters, topology
 from tidings.wire import subject
 from tidings.wire.notification import build
 from tidings.wire.position import Position
@@ -69,7 +69,8 @@ async def in_inbox(device: Device, *ids: str, **query: Any) -> list[dict[str, An
             if set(ids) <= {item["n"]["id"] for item in page}:
                 assert isinstance(page, list)
                 return page
-            await asyncio.sleep(0.05)
+            # A user may ask for so many rows a second and no more.
+            await asyncio.sleep(0.25)
 
 
 async def test_everybody_gets_it(topics: Mesh) -> None:
@@ -145,7 +146,8 @@ async def test_not_acknowledged(topics: Mesh) -> None:
 
 
 async def test_dead_letter(topics: Mesh) -> None:
-    """What a live client never acknowledges is given up after so many attempts, and holds nothing up."""
+    """What a live client never acknowledges is given up after so many attempts, and holds nothing up; a replay is for
+    this user alone."""
     gateway = await topics.gateway(ack_wait_s=0.5, max_deliver=2)
     alice = await topics.online(gateway, "alice", auto_ack=False, window=1)
     await follow(alice, "post.42")
@@ -155,6 +157,10 @@ async def test_dead_letter(topics: Mesh) -> None:
     assert alice.ids.count(first) == 2
     (letter, *_) = await topics.dead_letters()
     assert (letter["tidings-reason"], letter["tidings-user"]) == ("undelivered", "alice")
+    assert (letter["tidings-stream"], "tidings-origin-subject" in letter) == (topology.BROADCAST, False)
+    replayed = await letters.replay(topics.connection, 1)
+    assert replayed.stream.startswith("NOTIFY_")
+    await alice.until(lambda: alice.ids.count(first) > 2, "the replayed broadcast")
 
 
 async def test_the_inbox(topics: Mesh) -> None:

@@ -19,9 +19,12 @@ from support.command import answer, processes_of, tidings
 from support.device import Device
 from support.mesh import KEY, Mesh
 from tidings import __version__
+from tidings.identity import Device as DeviceToken
+from tidings.identity import Verifier, issue
 from tidings.runtime.settings import Settings
-from tidings.runtime.tokens import Identity, issue, verify
 from tidings.stream.server import NatsServer
+from tidings.wire import subject
+from tidings.wire.notification import build
 
 PARTITIONS = 4
 
@@ -153,9 +156,10 @@ async def test_token_prints_a_token(state: Path) -> None:
     before = int(time.time())
     ran = await answer("token", "--user", "alice", "--device", "phone", "--ttl", "15m", "--state", state)
     assert (ran.process.returncode, len(ran.lines)) == (0, 1)
-    identity = verify(KEY, ran.out[0])
-    assert identity[:2] == Identity("alice", "phone", 0)[:2]
-    assert before + 900 <= identity.expires <= time.time() + 900
+    token = await Verifier(Settings(token_key=KEY)).verify(ran.out[0])
+    assert isinstance(token, DeviceToken)
+    assert token[:2] == ("alice", "phone")
+    assert before + 900 <= token.expires <= time.time() + 900
 
 
 async def test_token_for_nobody(state: Path) -> None:
@@ -192,11 +196,11 @@ async def test_topology_plan_apply_show(nats: NatsServer) -> None:
     environment = small(nats)
     planned = await answer("topology", "plan", **environment)
     assert planned.out[0] == "create stream NOTIFY_0"
-    # A stream and a consumer a partition, for topics and for broadcasts; decisions, and dead letters.
-    assert planned.out[-1].startswith(f"{2 * PARTITIONS + 6} to do")
+    # A stream and a consumer a partition, for topics and for broadcasts; decisions, keys, revocations, dead letters.
+    assert planned.out[-1].startswith(f"{2 * PARTITIONS + 8} to do")
     applied = await answer("topology", "apply", **environment)
     assert applied.process.returncode == 0
-    assert applied.out == [*planned.out[:-1], f"{2 * PARTITIONS + 6} done"]
+    assert applied.out == [*planned.out[:-1], f"{2 * PARTITIONS + 8} done"]
     again = await answer("topology", "apply", **environment)
     assert again.out == ["nothing to do"]
     shown = await answer("topology", "show", "--nats", nats.url)
@@ -205,7 +209,9 @@ async def test_topology_plan_apply_show(nats: NatsServer) -> None:
         *(f"NOTIFY_{n}" for n in range(PARTITIONS)),
         "TOPICS",
         "DECISIONS",
+        "KEYS",
         "BROADCAST",
+        "REVOCATIONS",
         "DEAD",
     ]
 
@@ -318,6 +324,18 @@ async def test_listen_prints_what_arrives(mesh: Mesh, state: Path) -> None:
         assert item["pos"]
         assert await listener.stop() == 130
     assert listener.sentences() == []
+
+
+async def test_listen_lets_no_text_steer_the_terminal(mesh: Mesh, state: Path) -> None:
+    """Escape sequences in a notification are shown as text."""
+    gateway = await mesh.gateway()
+    url = gateway.url.replace("http", "ws")
+    async with tidings("listen", "--user", "alice", "--url", url, "--state", state) as listener:
+        await listener.said("listening as alice")
+        id, body = build(type="t\x1b[2J", data={"text": "\x9b2J"}, id="n\r1")
+        await mesh.connection.store(subject.notify_user("alice"), body, {"Nats-Msg-Id": id})
+        await listener.said("2J.*2J")
+        assert listener.out[0].endswith(r't\x1b[2J  {"text":"\x9b2J"}  [n\r1]')
 
 
 async def test_listen_with_a_bad_token(mesh: Mesh) -> None:

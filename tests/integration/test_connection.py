@@ -131,7 +131,7 @@ def fake_nkeys() -> ModuleType:
         pass
 
     def from_seed(seed: bytearray) -> Pair:
-        if not seed.isalnum():
+        if len(seed) < 4 or not seed.isalnum():
             raise NkeysError
         return Pair()
 
@@ -150,8 +150,15 @@ def fake_nkeys() -> ModuleType:
         (CREDENTIALS.format(seed="!?"), "is no NATS credentials file"),
         (CREDENTIALS.format(seed="SUAB\r"), "is no NATS credentials file"),
         (CREDENTIALS[:30], "is no NATS credentials file"),
+        ("SU", "is no NATS credentials file"),
+        ("SUAB!\n", "is no NATS credentials file"),
+        ("SUAB\nSUAC\n", "is no NATS credentials file"),
+        ("SAAB\n", "is no NATS credentials file"),
     ],
-    ids=["missing", "empty", "garbage", "no seed", "bad seed", "other line ends", "cut off"],
+    ids=[
+        *("missing", "empty", "garbage", "no seed", "bad seed", "other line ends", "cut off"),
+        *("half a seed", "a bad seed alone", "two seeds", "an account's seed"),
+    ],
 )
 async def test_credentials_that_are_none(
     content: str | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -28,7 +28,7 @@ from tidings.wire.notification import build
 LIMIT: Final = 2
 PAGE: Final = 2
 DELIVERIES: Final = 3
-_, BODY = build(type="social.post", data=None, id="x")
+_, BODY = build(type="post.made", data=None, id="x")
 
 
 class Request:

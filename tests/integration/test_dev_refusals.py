@@ -41,7 +41,7 @@ async def test_two_at_once(tmp_path: Path) -> None:
             await device.expect("one")
 
 
-@pytest.mark.parametrize("option", ["--port", "--nats-port"])
+@pytest.mark.parametrize("option", ["--port", "--api-port", "--nats-port"])
 async def test_port_in_use(option: str, tmp_path: Path) -> None:
     """A taken port is named, with the option that chooses another."""
     with taken_port() as port:

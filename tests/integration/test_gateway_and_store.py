@@ -16,8 +16,8 @@ from support.faulty import FaultyStore
 from support.mesh import KEY, Mesh
 from tidings.gateway.agent import Gateway
 from tidings.gateway.session import SessionState
+from tidings.identity import issue
 from tidings.inbox.agent import InboxAgent
-from tidings.runtime.tokens import issue
 from tidings.wire import codes
 from tidings.wire.codes import Close
 

@@ -13,8 +13,8 @@ from support.clock import until
 from support.device import Device
 from support.mesh import KEY, Mesh
 from tidings.gateway.agent import Gateway
+from tidings.identity import issue
 from tidings.runtime.settings import Settings
-from tidings.runtime.tokens import issue
 
 DEVICES = 40
 LOOPS = 5

@@ -17,7 +17,7 @@ from support.faulty import FaultyStore
 from support.mesh import KEY, Mesh
 from tidings.gateway import session as session_module
 from tidings.gateway.agent import Gateway
-from tidings.runtime.tokens import issue
+from tidings.identity import issue
 from tidings.stream import consumers
 from tidings.wire import codes, subject
 from tidings.wire.position import Position
@@ -143,8 +143,9 @@ async def test_hostile_frames_cost_nobody_else(gateway: Gateway, mesh: Mesh) -> 
 
     collect()
     assert len(frames) >= 200
-    for frame in frames:
-        hostile = client(gateway)
+    for number, frame in enumerate(frames):
+        # Each of a user of its own: what one may send is counted, over all its connections.
+        hostile = client(gateway, f"mallory-{number}")
         await hostile.connect()
         await hostile.send(frame)
         if not hostile._socket or not hostile._socket.closed:

@@ -14,7 +14,7 @@ from support.mesh import Agent, Mesh, running_mesh
 from tidings.wire import subject
 from tidings.wire.notification import build
 
-TYPES = ("social.like", "social.post")
+TYPES = ("post.liked", "post.made")
 TOPICS = (None, "post.1", "post.2")
 UNREAD_CAP = 100
 
@@ -51,7 +51,9 @@ def numbered(count: int, first: int = 0) -> list[str]:
 async def inboxes(store_url: str, tmp_path: Path) -> AsyncIterator[Inboxes]:
     async with running_mesh(tmp_path, store_url=store_url, store_timeout_s=PATIENCE_S) as mesh:
         await mesh.inbox()
-        yield Inboxes(mesh, (await mesh.gateway(), await mesh.gateway()))
+        # Many more pages than anybody looks at in that time.
+        unlimited = {"client_frames_per_s": 10_000, "client_frames_burst": 100_000}
+        yield Inboxes(mesh, (await mesh.gateway(**unlimited), await mesh.gateway(**unlimited)))
 
 
 async def page(device: Device, **query: Any) -> tuple[list[dict[str, Any]], str | None]:

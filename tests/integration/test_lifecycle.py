@@ -22,17 +22,18 @@ from support.clock import PATIENCE_S, SCALE, until
 from support.command import processes_of, taken_port
 from support.device import Device
 from support.mesh import KEY, Mesh, running_mesh
+from tidings.api.agent import Api
 from tidings.client import Client
 from tidings.dev.mesh import DevMesh
 from tidings.fanout.agent import FanoutAgent
 from tidings.gateway.agent import Gateway
+from tidings.identity import issue
 from tidings.inbox.agent import InboxAgent
 from tidings.publish import Receipt
 from tidings.publish.publisher import Publisher
 from tidings.runtime.backoff import Backoff
 from tidings.runtime.service import Service, State
 from tidings.runtime.settings import Settings
-from tidings.runtime.tokens import issue
 from tidings.stream import topology
 from tidings.stream.connection import Connection, connect
 from tidings.stream.server import NatsServer
@@ -190,7 +191,7 @@ def stop(service: Service) -> asyncio.Task[None]:
 
 # What there is to start
 
-KINDS: Final = ["gateway", "inbox", "fanout", "nats-server", "dev"]
+KINDS: Final = ["gateway", "inbox", "fanout", "api", "nats-server", "dev"]
 FEWER: Final = {"dev": 8}
 """Of the awaits of a start, each so-and-so-many-th is tried; otherwise each."""
 
@@ -211,9 +212,11 @@ class Makers:
             return InboxAgent(settings, self.mesh.store)
         if kind == "fanout":
             return FanoutAgent(settings, self.mesh.store)
+        if kind == "api":
+            return Api(settings, self.mesh.store)
         if kind == "nats-server":
             return NatsServer(self.own, partitions=4)
-        return DevMesh(Settings(port=0, drain_s=0.1, **changed), self.own, nats_port=0)
+        return DevMesh(Settings(port=0, api_port=0, drain_s=0.1, **changed), self.own, nats_port=0)
 
     def check_no_process(self) -> None:
         assert processes_of(self.own) == []
@@ -340,7 +343,7 @@ async def stop_restart(makers: Makers, at: int) -> bool:
 async def test_agents_without_nats(makers: Makers) -> None:
     """An agent that finds no server says so, and leaves nothing."""
     with taken_port() as port:
-        for kind in ("gateway", "inbox", "fanout"):
+        for kind in ("gateway", "inbox", "fanout", "api"):
             agent = makers.make(kind, nats_url=f"nats://127.0.0.1:{port}", request_timeout_s=0.2)
             with pytest.raises(StreamUnavailable):
                 await agent.start()
@@ -351,7 +354,7 @@ async def test_agents_without_streams(makers: Makers) -> None:
     """An agent that finds no streams, when it is connected already, closes its connection."""
     empty = NatsServer(makers.own)
     await empty.start()
-    for kind in ("gateway", "inbox", "fanout"):
+    for kind in ("gateway", "inbox", "fanout", "api"):
         async with nothing_left():
             agent = makers.make(kind, nats_url=empty.url)
             with pytest.raises(TidingsError):
@@ -563,7 +566,7 @@ async def test_clients_that_do_not_answer_are_waited_for_together(makers: Makers
 
 
 @pytest.mark.parametrize("moment", ["it is away", "it comes back during the goodbye", "it is found"])
-@pytest.mark.parametrize("kind", ["gateway", "inbox", "fanout"])
+@pytest.mark.parametrize("kind", ["gateway", "inbox", "fanout", "api"])
 async def test_agent_stopped_while_nats_is_down(makers: Makers, kind: str, moment: str) -> None:
     """An agent that cannot say goodbye stops all the same, and does not begin anew when the server comes back."""
     nats = makers.mesh.nats

@@ -9,10 +9,12 @@ import asyncio
 import inspect
 import os
 import socket as sockets
+import ssl
 import struct
 from base64 import b64encode
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import aiohttp
@@ -21,13 +23,18 @@ import uvloop
 import websockets
 from aiohttp import WSMsgType, web
 
+from support.certificates import Authority
 from support.clock import PATIENCE_S, SCALE, until
+from tidings.gateway.meter import Limits
 from tidings.gateway.socket import Socket
+from tidings.runtime.tls import ServerTls
 from tidings.wire import codes
 from tidings.wire.frames import SUBPROTOCOL
 
 FRAME_MAX: Final = 100_000
 BUFFER_MAX: Final = 65_536
+LIMITS = Limits(1e6, 1_000_000, 1e9, 10**9)
+"""Nothing here is about them."""
 SMALL_KERNEL_BUFFER: Final = 4_096
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
 
@@ -76,15 +83,18 @@ class Client(asyncio.Protocol):
         self._rest = b""
 
     @classmethod
-    async def connect(cls, port: int, path: str, first: bytes = b"", *, kernel_buffer: int | None = None) -> Client:
+    async def connect(
+        cls, server: Server, path: str, first: bytes = b"", *, kernel_buffer: int | None = None
+    ) -> Client:
         """Open a connection, with `first` in the segment of the handshake."""
         loop = asyncio.get_running_loop()
         plain = sockets.socket()
         plain.setblocking(False)
         if kernel_buffer is not None:
             plain.setsockopt(sockets.SOL_SOCKET, sockets.SO_RCVBUF, kernel_buffer)
-        await loop.sock_connect(plain, ("127.0.0.1", port))
-        _, client = await loop.create_connection(cls, sock=plain)
+        await loop.sock_connect(plain, ("127.0.0.1", server.port))
+        secured: dict[str, Any] = {"ssl": server.trust, "server_hostname": "localhost"} if server.trust else {}
+        _, client = await loop.create_connection(cls, sock=plain, **secured)
         request = (
             f"GET {path} HTTP/1.1\r\nHost: test\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
             f"Sec-WebSocket-Key: {b64encode(os.urandom(16)).decode()}\r\nSec-WebSocket-Version: 13\r\n"
@@ -148,6 +158,10 @@ class Client(asyncio.Protocol):
         async with asyncio.timeout(PATIENCE_S):
             await self.lost
 
+    def finish(self) -> None:
+        """End without a close frame: a FIN, or what TLS has for it, which ends both directions."""
+        self.transport.write_eof() if self.transport.can_write_eof() else self.transport.close()
+
     def reset(self) -> None:
         """End the connection with a TCP reset."""
         plain = self.transport.get_extra_info("socket")
@@ -179,8 +193,10 @@ class Echo:
 class Server:
     """Both servers on one port; `go_on` cleared holds them between hello and welcome."""
 
-    def __init__(self) -> None:
+    def __init__(self, trust: ssl.SSLContext | None) -> None:
         self.port = 0
+        self.trust = trust
+        """What a client needs for TLS; None where there is none."""
         self.go_on = asyncio.Event()
         self.go_on.set()
         self.connections: asyncio.Queue[Echo] = asyncio.Queue()
@@ -191,7 +207,7 @@ class Server:
         """As `tidings.gateway.door` does it."""
         echo = Echo(request)
         self.transports.append(echo.transport)
-        echo.socket = socket = Socket(FRAME_MAX, BUFFER_MAX)
+        echo.socket = socket = Socket(FRAME_MAX, BUFFER_MAX, LIMITS)
         echo.response = response = await socket.accept(request)
 
         def hear(text: str) -> None:
@@ -232,21 +248,24 @@ class Server:
         echo.code.set_result(response.close_code)
         return response
 
+    def origin(self, scheme: str) -> str:
+        return f"{scheme}{'' if self.trust is None else 's'}://localhost:{self.port}"
+
     async def accepted(self) -> Echo:
         async with asyncio.timeout(PATIENCE_S):
             return await self.connections.get()
 
 
 @asynccontextmanager
-async def serving() -> AsyncIterator[Server]:
+async def serving(tls: ServerTls | None, trust: ssl.SSLContext | None) -> AsyncIterator[Server]:
     """Both servers, without connections."""
-    served = Server()
+    served = Server(trust)
     app = web.Application()
     app.router.add_get("/ours", served.ours)
     app.router.add_get("/theirs", served.theirs)
     runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=1.0)
     await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls and tls.context).start()
     served.port = runner.addresses[0][1]
     try:
         yield served
@@ -260,28 +279,42 @@ async def serving() -> AsyncIterator[Server]:
 
 
 def on_both_loops(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    """Run a test on asyncio's loop and on the gateway's, uvloop: their transports differ. Its server comes with it."""
+    """Run a test on asyncio's loop and on the gateway's, uvloop, there with TLS too: their transports differ.
+
+    Its server comes with it.
+    """
     signature = inspect.signature(test)
     _, *others = signature.parameters.values()
 
-    def run(loop: Callable[[], asyncio.AbstractEventLoop], **options: Any) -> None:
-        async def served() -> None:
-            async with serving() as server, asyncio.timeout(2 * PATIENCE_S):
-                await test(server, **options)
+    def run(transports: str, authority: Authority, **options: Any) -> None:
+        secured = transports == "uvloop-tls"
 
+        async def served() -> None:
+            tls = ServerTls(*map(str, authority.pair("socket"))) if secured else None
+            async with serving(tls, authority.trust() if secured else None) as server:
+                async with asyncio.timeout(2 * PATIENCE_S):
+                    await test(server, **options)
+
+        loop = asyncio.new_event_loop if transports == "asyncio" else uvloop.new_event_loop
         with asyncio.Runner(loop_factory=loop) as runner:
             runner.run(served())
 
     run.__name__, run.__doc__ = test.__name__, test.__doc__
-    loop = inspect.Parameter("loop", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    run.__signature__ = signature.replace(parameters=[loop, *others])  # type: ignore[attr-defined]
-    loops = [asyncio.new_event_loop, uvloop.new_event_loop]
-    return pytest.mark.parametrize("loop", loops, ids=["asyncio", "uvloop"])(run)
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    own = [inspect.Parameter(name, kind) for name in ("transports", "authority")]
+    run.__signature__ = signature.replace(parameters=[*own, *others])  # type: ignore[attr-defined]
+    return pytest.mark.parametrize("transports", ["asyncio", "uvloop", "uvloop-tls"])(run)
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """Whom the clients of this module trust."""
+    return Authority(tmp_path_factory.mktemp("tls"))
 
 
 async def welcomed(server: Server, path: str = "/ours", **options: Any) -> tuple[Client, Echo]:
     """A client that has its welcome, and the server's end: from here on, frames are handled by callback."""
-    client = await Client.connect(server.port, path, HELLO, **options)
+    client = await Client.connect(server, path, HELLO, **options)
     assert await client.got(TEXT) == [b"welcome"]
     return client, await server.accepted()
 
@@ -376,13 +409,13 @@ CASES: Final = [
 
 async def send_early(server: Server, path: str, sent: bytes) -> Client:
     """All of it in the segment of the handshake: aiohttp keeps that until there is somebody to read it."""
-    return await Client.connect(server.port, path, HELLO + sent)
+    return await Client.connect(server, path, HELLO + sent)
 
 
 async def send_waiting(server: Server, path: str, sent: bytes) -> Client:
     """All of it while the server still looks at the hello."""
     server.go_on.clear()
-    client = await Client.connect(server.port, path, HELLO)
+    client = await Client.connect(server, path, HELLO)
     echo = await server.accepted()
     client.say(sent)
     # Broken frames never wait, they end the queue; a long text pauses nothing that is alone.
@@ -396,7 +429,7 @@ async def send_waiting(server: Server, path: str, sent: bytes) -> Client:
 
 async def send_live(server: Server, path: str, sent: bytes) -> Client:
     """All of it in one write to a server that handles frames as they come."""
-    client = await Client.connect(server.port, path, HELLO)
+    client = await Client.connect(server, path, HELLO)
     await client.got(TEXT)
     client.say(sent)
     return client
@@ -404,7 +437,7 @@ async def send_live(server: Server, path: str, sent: bytes) -> Client:
 
 async def send_pieces(server: Server, path: str, sent: bytes) -> Client:
     """In pieces that end anywhere within frames."""
-    client = await Client.connect(server.port, path, HELLO)
+    client = await Client.connect(server, path, HELLO)
     await client.got(TEXT)
     size = 1 if len(sent) < 1_000 else 1_021
     for at in range(0, len(sent), size):
@@ -451,7 +484,7 @@ async def test_abrupt_end(server: Server, path: str, end: str, half: bytes) -> N
     client, echo = await welcomed(server, path)
     client.say(frame("one") + half)
     assert await client.got(TEXT, 2) == [b"welcome", b"one"]
-    client.reset() if end == "reset" else client.transport.write_eof()
+    client.reset() if end == "reset" else client.finish()
     await client.ended()
     async with asyncio.timeout(PATIENCE_S):
         assert await echo.code == ABNORMAL
@@ -463,9 +496,9 @@ async def test_abrupt_end(server: Server, path: str, end: str, half: bytes) -> N
 async def test_frames_that_waited_when_the_client_left(server: Server) -> None:
     """What a client said before it vanished is heard, also when the server only gets to it afterwards."""
     server.go_on.clear()
-    client = await Client.connect(server.port, "/ours", HELLO + frame("one") + frame("two"))
+    client = await Client.connect(server, "/ours", HELLO + frame("one") + frame("two"))
     echo = await server.accepted()
-    client.transport.write_eof()
+    client.finish()
     await until(echo.transport.is_closing, "the server has seen the end")
     server.go_on.set()
     assert await echo.code == ABNORMAL
@@ -480,7 +513,7 @@ async def test_frames_that_waited_when_the_client_left(server: Server) -> None:
 async def test_order_from_queue_to_callback(server: Server) -> None:
     """Frames that waited come before those that come while they are handled, each once and in order."""
     server.go_on.clear()
-    client = await Client.connect(server.port, "/ours", HELLO + b"".join(map(frame, NUMBERS[:100])))
+    client = await Client.connect(server, "/ours", HELLO + b"".join(map(frame, NUMBERS[:100])))
     echo = await server.accepted()
     await until(lambda: echo.waiting() == 100, "the frames wait in aiohttp's queue")
     assert echo.socket is not None
@@ -505,13 +538,14 @@ async def test_order_from_queue_to_callback(server: Server) -> None:
 async def test_reading_pauses_before_the_welcome(server: Server, path: str) -> None:
     """Who floods a server that is not ready is read no further than a bound; it goes on later, losing nothing."""
     server.go_on.clear()
-    client = await Client.connect(server.port, path, HELLO)
+    client = await Client.connect(server, path, HELLO)
     echo = await server.accepted()
     texts = [f"{number} ".ljust(10_000, "x") for number in range(1_000)]
     for text in texts:
         client.say(frame(text))
     await until(lambda: not echo.transport.is_reading(), "the server stops reading")
-    assert client.transport.get_write_buffer_size() > 0
+    # Over TLS what waits is below, where nobody counts it.
+    assert server.trust is not None or client.transport.get_write_buffer_size() > 0
     assert path == "/theirs" or echo.waiting() * 10_000 < 4 * BUFFER_MAX
     server.go_on.set()
     await until(lambda: len(echo.heard) >= len(texts), "the server has read all of it")
@@ -580,7 +614,8 @@ async def congest(server: Server) -> tuple[Client, Echo, Socket, int]:
 async def test_slow_reader_is_waited_for(server: Server) -> None:
     """Over the limit the socket is congested, by one frame at most, and free again when the client has read."""
     client, echo, socket, count = await congest(server)
-    assert BUFFER_MAX < echo.transport.get_write_buffer_size() <= BUFFER_MAX + 1_004
+    limit = BUFFER_MAX if server.trust is None else BUFFER_MAX // 2
+    assert limit < echo.transport.get_write_buffer_size() <= limit + 1_004
     waiting = asyncio.ensure_future(socket.drained(PATIENCE_S))
     client.transport.resume_reading()
     assert await waiting
@@ -699,7 +734,7 @@ async def test_dismissed_client_may_return(server: Server, reason: codes.Close, 
     assert echo.socket is not None
     echo.socket.dismiss(reason)
     await client.got(CLOSE)
-    client.transport.write_eof() if answer is None else client.say(goodbye(answer))
+    client.finish() if answer is None else client.say(goodbye(answer))
     await client.ended()
     await echo.code
     assert echo.socket.may_return is reason.reconnect
@@ -733,6 +768,30 @@ async def test_end_of_a_client_that_reads_nothing(server: Server, last: bytes, c
         client.transport.resume_reading()
     await client.ended()
     assert client.received < count * 1_000
+
+
+def open_sockets() -> int:
+    """Of this process; the folder's own descriptor is among those listed, and gone."""
+    links = (Path("/proc/self/fd", name) for name in os.listdir("/proc/self/fd"))
+    return sum(link.is_socket() for link in links)
+
+
+@pytest.mark.usefixtures("short_wait")
+@on_both_loops
+async def test_end_of_a_client_that_leaves_little_unread(server: Server) -> None:
+    """Who says goodbye with a little unread, which over TLS nobody counts, does not keep the connection either."""
+    client, echo = await welcomed(server, kernel_buffer=SMALL_KERNEL_BUFFER)
+    shrink(echo)
+    client.transport.pause_reading()
+    socket = echo.socket
+    assert socket is not None
+    for _ in range(30):
+        socket.send(b"x" * 1_000)
+    before = open_sockets()
+    client.say(goodbye())
+    assert await echo.code == 1000
+    await until(lambda: open_sockets() < before, "the server's end is closed")
+    client.transport.abort()
 
 
 @on_both_loops
@@ -775,7 +834,9 @@ async def test_signs_of_life(server: Server) -> None:
 async def test_client_of_aiohttp(server: Server) -> None:
     """aiohttp's client gets back what it sends, its pong, and the close handshake with its code."""
     async with aiohttp.ClientSession() as http:
-        client = await http.ws_connect(f"http://127.0.0.1:{server.port}/ours", protocols=(SUBPROTOCOL,), autoping=False)
+        client = await http.ws_connect(
+            f"{server.origin('http')}/ours", ssl=server.trust or True, protocols=(SUBPROTOCOL,), autoping=False
+        )
         assert client.protocol == SUBPROTOCOL
         for text in ("hello", *("ü" * (size // 2) for size in LENGTHS)):
             await client.send_str(text)
@@ -794,7 +855,7 @@ async def test_client_of_aiohttp(server: Server) -> None:
 async def test_client_of_websockets(server: Server) -> None:
     """The client of websockets, which fragments, gets back what it sends, its pong, and the close handshake."""
     async with websockets.connect(
-        f"ws://127.0.0.1:{server.port}/ours", subprotocols=[websockets.Subprotocol(SUBPROTOCOL)]
+        f"{server.origin('ws')}/ours", ssl=server.trust, subprotocols=[websockets.Subprotocol(SUBPROTOCOL)]
     ) as client:
         await client.send("hello")
         assert await client.recv() == "welcome"

@@ -14,8 +14,8 @@ from support.device import Device
 from support.ledger import stored_ids
 from support.mesh import KEY, Mesh, running_mesh
 from tidings.client import Client
+from tidings.identity import issue
 from tidings.publish import Publisher
-from tidings.runtime.tokens import issue
 from tidings.wire import subject
 from tidings.wire.errors import RequestRefused
 from tidings.wire.notification import build

@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Final
+from typing import Any, Final
 
 from playwright.async_api import Page, async_playwright, expect
 
@@ -34,12 +34,12 @@ def find_chromium() -> str:
 
 
 @asynccontextmanager
-async def open_page(url: str) -> AsyncIterator[Page]:
-    """The page in a browser of its own; it must not complain on its console."""
+async def open_page(url: str, **options: Any) -> AsyncIterator[Page]:
+    """The page in a browser of its own, with Playwright's options; it must not complain on its console."""
     expect.set_options(timeout=PATIENCE_S * 1000)
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(executable_path=find_chromium(), args=list(_ARGUMENTS))
-        page = await browser.new_page(viewport={"width": 1280, "height": 900})
+        page = await browser.new_page(viewport={"width": 1280, "height": 900}, **options)
         page.set_default_timeout(PATIENCE_S * 1000)
         complaints: list[str] = []
         page.on("console", lambda said: complaints.append(said.text) if said.type == "error" else None)

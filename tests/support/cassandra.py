@@ -27,12 +27,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from .certificates import Authority
 from .clock import SCALE
 
-__all__ = ["ADDRESS_VARIABLE", "JAVA_VARIABLE", "Cassandra", "CqlServer", "CqlServerFailed", "cql_server", "find_java"]
+__all__ = [
+    "ADDRESS_VARIABLE",
+    "CA_VARIABLE",
+    "JAVA_VARIABLE",
+    "Cassandra",
+    "CqlServer",
+    "CqlServerFailed",
+    "cql_server",
+    "find_java",
+]
 
 ADDRESS_VARIABLE: Final = "TIDINGS_TEST_CQL"
 """Environment variable: ``host:port`` of a running CQL server to test against; none is started then."""
+CA_VARIABLE: Final = "TIDINGS_TEST_CQL_CA"
+"""Environment variable: the CA (PEM) of that server, where it speaks TLS on the same port, with a certificate for
+its address and for the name cql.test."""
 JAVA_VARIABLE: Final = "TIDINGS_TEST_JAVA"
 """Environment variable: the `java` to run, where neither `JAVA_HOME` nor `PATH` has a Java 17."""
 
@@ -176,6 +189,8 @@ class Cassandra:
     def __init__(self, folder: Path) -> None:
         self.folder = folder.absolute()
         self.log_file = self.folder / "cassandra.log"
+        self.ca = self.folder / "tls" / "ca.pem"
+        """Whom its certificate is from."""
         self._ports: tuple[int, int] | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -272,6 +287,8 @@ class Cassandra:
     def _launch_once(self, java: Path, jars: Path, *options: str) -> None:
         temporary = self.folder / "tmp"
         temporary.mkdir(parents=True, exist_ok=True)
+        if not self.ca.exists():
+            self._make_certificate()
         config = self.folder / "cassandra.yaml"
         config.write_text(json.dumps(self._configuration(), indent=2))
         properties = {
@@ -331,6 +348,10 @@ class Cassandra:
         causes = [line for line in lines if line.strip() and not _CHATTER.match(line)]
         return "\n".join((causes or lines)[-_TAIL_LINES:]) or "(nothing)"
 
+    def _make_certificate(self) -> None:
+        certificate, key = Authority(self.ca.parent).pair("cql", "127.0.0.1", "cql.test")
+        (self.ca.parent / "server.pem").write_bytes(key.read_bytes() + certificate.read_bytes())
+
     def _configuration(self) -> dict[str, Any]:
         assert self._ports is not None
         native, storage = self._ports
@@ -371,6 +392,13 @@ class Cassandra:
             # DROP and TRUNCATE are quicker without.
             "auto_snapshot": False,
             "hinted_handoff_enabled": False,
+            # TLS for who begins with a handshake, on the port of everybody.
+            "client_encryption_options": {
+                "enabled": True,
+                "optional": True,
+                "ssl_context_factory": {"class_name": "org.apache.cassandra.security.PEMBasedSslContextFactory"},
+                "keystore": str(self.ca.parent / "server.pem"),
+            },
             # A busy machine is no fault: tests that want one freeze the server.
             "read_request_timeout": "10s",
             "range_request_timeout": "10s",
@@ -386,6 +414,8 @@ class CqlServer:
     """``host:port``."""
     child: Cassandra | None
     """None for a server that was given by address, which no test may kill."""
+    ca: Path | None
+    """What its certificate is checked against; None for a server that speaks no TLS, as far as we know."""
 
     @property
     def host(self) -> str:
@@ -408,13 +438,21 @@ def cql_server() -> Iterator[CqlServer]:
             raise CqlServerFailed(f"{ADDRESS_VARIABLE} is {given!r}: write it as host:port")
         if not answers(host, int(port), 5 * SCALE):
             raise CqlServerFailed(f"No CQL server answers at {given}, the address in {ADDRESS_VARIABLE}")
-        yield CqlServer(given, None)
+        ca = os.environ.get(CA_VARIABLE)
+        yield CqlServer(given, None, Path(ca) if ca else None)
         return
+    with own_cql_server() as server:
+        yield server
+
+
+@contextlib.contextmanager
+def own_cql_server() -> Iterator[CqlServer]:
+    """A child of our own, which speaks TLS as well; gone with its files at the end."""
     with tempfile.TemporaryDirectory(prefix="tidings-cassandra-", ignore_cleanup_errors=True) as folder:
         child = Cassandra(Path(folder))
         try:
             child.start()
-            yield CqlServer(child.contact_point, child)
+            yield CqlServer(child.contact_point, child, child.ca)
         finally:
             child.kill()
 

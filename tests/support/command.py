@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import re
 import signal
@@ -12,6 +13,8 @@ import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+
+from tidings.cli import main
 
 from .clock import PATIENCE_S
 
@@ -123,6 +126,18 @@ async def answer(*arguments: str | Path, cwd: Path | None = None, **environment:
     async with tidings(*arguments, cwd=cwd, **environment) as command:
         await command.ended()
         return command
+
+
+def run_here(*arguments: str | Path) -> int:
+    """Run ``tidings`` in this process, outside of any event loop; returns its exit status."""
+    root, ours = logging.getLogger(), logging.getLogger("tidings")
+    before = root.handlers[:], root.level, ours.level
+    try:
+        return main([str(word) for word in arguments])
+    finally:
+        root.handlers[:] = before[0]
+        root.setLevel(before[1])
+        ours.setLevel(before[2])
 
 
 def processes_of(folder: Path) -> list[str]:

@@ -15,7 +15,7 @@ from .clock import PATIENCE_S
 from .command import Command, answer, tidings
 from .device import Device
 
-ANY = ("--port", "0", "--nats-port", "0")
+ANY = ("--port", "0", "--api-port", "0", "--nats-port", "0")
 """Free ports, whatever they are."""
 
 
@@ -28,10 +28,12 @@ class Dev:
         self.http = http
         self.url = ""
         self.nats = ""
+        self.api = ""
 
     async def read_greeting(self) -> None:
-        self.url = (await self.command.said(r"Page +(http://\S+)/$"))[1]
-        self.nats = (await self.command.said(r"NATS +(nats://\S+)$"))[1]
+        self.url = (await self.command.said(r"Page +(https?://\S+)/$"))[1]
+        self.api = (await self.command.said(r"HTTP api +(https?://\S+)/v1/docs$"))[1]
+        self.nats = (await self.command.said(r"NATS +((?:nats|tls)://\S+)$"))[1]
         await self.command.said("Ctrl-C")
 
     @property
@@ -81,4 +83,6 @@ async def in_inbox(device: Device, *ids: str) -> None:
     found: list[str] = []
     async with asyncio.timeout(PATIENCE_S):
         while found != list(ids):
-            found = [item["n"]["id"] for item in (await device.ask("inbox"))["items"]]
+            # Not as fast as it can: a user may ask for so many pages a second and no more.
+            await asyncio.sleep(0.1)
+            found = [item["n"]["id"] for item in (await device.ask("inbox", limit=len(ids) + 1))["items"]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
@@ -23,8 +24,18 @@ class Device:
     `cut` drops the TCP connection without a goodbye, `leave` says goodbye, `connect` may follow either.
     """
 
-    def __init__(self, url: str, token: str, *, device: str | None = None, auto_ack: bool = True, **hello: Any) -> None:
+    def __init__(
+        self,
+        url: str,
+        token: str,
+        *,
+        device: str | None = None,
+        auto_ack: bool = True,
+        trust: ssl.SSLContext | None = None,
+        **hello: Any,
+    ) -> None:
         self.url = url
+        self._trust = trust
         self.auto_ack = auto_ack
         self.frames: list[Frame] = []
         self.items: list[Frame] = []
@@ -47,7 +58,9 @@ class Device:
         """Connect, say hello, return the welcome (or the first frame, when it is another)."""
         await self._end_reader()
         self._http = self._http or aiohttp.ClientSession()
-        self._socket = await self._http.ws_connect(self.url, protocols=(SUBPROTOCOL,), max_msg_size=0)
+        self._socket = await self._http.ws_connect(
+            self.url, protocols=(SUBPROTOCOL,), max_msg_size=0, ssl=self._trust or True
+        )
         self.close_code = None
         await self._socket.send_json({**self._hello, **hello})
         start = len(self.frames)

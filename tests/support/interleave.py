@@ -21,10 +21,14 @@ from typing import Any, Final, NamedTuple
 import orjson
 import pytest
 
+from tidings.gateway.authenticator import Authenticator
 from tidings.gateway.door import Door
 from tidings.gateway.hub import Hub
 from tidings.gateway.keeper import Keeper
 from tidings.gateway.opening import Opener
+from tidings.gateway.requests import Requests
+from tidings.identity import Device as DeviceToken
+from tidings.identity.entitlement import TopicEntitlement
 from tidings.inbox import agent as inbox_module
 from tidings.inbox.agent import InboxAgent
 from tidings.runtime.settings import Settings
@@ -36,6 +40,7 @@ from tidings.wire.position import Position
 INCARNATION: Final = 1
 USER: Final = "alice"
 DEVICE: Final = "phone"
+TOKEN: Final = DeviceToken(USER, None, 2**40, None)
 KEY: Final = "a-key-for-tests-and-nothing-else-0123456789"
 FLOOR_INTERVAL_S: Final = 60.0
 
@@ -290,7 +295,7 @@ class Wire:
     async def listen(self, subject: str, handler: Any, queue: str = "") -> None:
         self.handlers[subject] = handler
 
-    async def flush(self) -> None:
+    async def confirm(self, timeout_s: float = 10) -> None:
         """Nothing waits."""
 
     def send(self, subject: str, payload: bytes = b"", reply: str = "", header: bytes = b"") -> bool:
@@ -415,7 +420,9 @@ class World:
         self.hub = Hub(self.settings, store, wire, Topology(1, (INCARNATION,), INCARNATION), spawn)
         opener = Opener(self.hub)
         self.keeper = Keeper(self.hub, opener)
-        self.door = Door(self.hub, opener)
+        nobody: Any = None  # connections and tokens are looked at before a device joins
+        authenticator = Authenticator(self.hub, nobody)
+        self.door = Door(self.hub, opener, nobody, authenticator, Requests(self.hub, TopicEntitlement(self.settings)))
         spawn(self.keeper.mend())
 
     def _start_agent(self, process: str) -> None:
@@ -758,7 +765,7 @@ class World:
 
         async def join() -> None:
             socket: Any = epoch
-            epoch.session = await self.door._join(socket, USER, DEVICE, self.scene.window, None)
+            epoch.session = await self.door._join(socket, TOKEN, DEVICE, self.scene.window, None)
 
         self._joining = self.loop.create_task(join())
 

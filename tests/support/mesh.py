@@ -14,8 +14,8 @@ from typing import Any, Final
 
 import orjson
 
+from tidings.identity import issue
 from tidings.runtime.settings import Settings
-from tidings.runtime.tokens import issue
 from tidings.store.factory import open_store_url
 from tidings.store.port import Store
 from tidings.stream import consumers, topology
@@ -36,6 +36,7 @@ QUICK: Final[dict[str, Any]] = {
     "replicas": 1,
     "token_key": KEY,
     "port": 0,
+    "api_port": 0,
     "ack_wait_s": 1.0 * SCALE,
     "linger_s": 2.0 * SCALE,
     "cursor_flush_s": 0.2,
@@ -142,6 +143,12 @@ class Mesh:
         """Start a fan-out process; returns when it is ready."""
         agent = await self._start("fanout", settings)
         await agent.said(r"reads TOPICS")
+        return agent
+
+    async def api(self, **settings: Any) -> Agent:
+        """Start an HTTP api process; returns when it is ready."""
+        agent = await self._start("api", settings)
+        agent.port = int((await agent.said(r"listens on .*:(\d+)"))[1])
         return agent
 
     async def stop_nats(self) -> None:

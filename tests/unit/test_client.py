@@ -397,6 +397,58 @@ async def test_fresh_tokens(gateway: FakeGateway) -> None:
     assert gateway.handshakes == 3
 
 
+async def test_a_token_is_renewed(gateway: FakeGateway) -> None:
+    """Before its token ends the client shows a fresh one on the same connection, again and again."""
+    asked: list[int] = []
+
+    def token() -> str:
+        asked.append(len(asked))
+        return f"token-{len(asked)}"
+
+    async with connected(gateway, token=token, welcome={"expires_in": 0.01}) as (client, peer):
+        assert (await peer.answer("token", expires_in=0.01))["token"] == "token-2"
+        assert (await peer.answer("token", expires_in=3600))["token"] == "token-3"
+        await in_step(client, peer)
+    assert gateway.handshakes == 1
+
+
+async def test_a_renewal_that_fails_is_tried_again(gateway: FakeGateway) -> None:
+    """A function without network, and a gateway that refuses, are asked again while the token lives."""
+    answers: list[Any] = ["first", OSError("no network"), "second", "third"]
+
+    def token() -> str:
+        answer = answers.pop(0)
+        if isinstance(answer, OSError):
+            raise answer
+        return str(answer)
+
+    async with connected(gateway, token=token, welcome={"expires_in": 0.01}) as (client, peer):
+        request = await peer.expect("token", token="second")
+        await peer.send({"t": "error", "ref": request["ref"], "code": "keys_unavailable", "message": "later"})
+        await peer.answer("token", expires_in=3600)
+        await in_step(client, peer)
+    assert (gateway.handshakes, answers) == (1, [])
+
+
+async def test_a_mistake_while_renewing_ends_the_client(gateway: FakeGateway) -> None:
+    """Any other exception of the function comes out of the loop."""
+    answers = ["first"]
+    async with connected(gateway, token=lambda: answers.pop(), welcome={"expires_in": 0.01}) as (client, peer):
+        with pytest.raises(IndexError):
+            await take(client, 1)
+        assert await peer.gone() == 1001
+
+
+async def test_a_fixed_token_is_not_renewed(gateway: FakeGateway) -> None:
+    """Without a function there is nothing fresher: the gateway closes when it is over, and that is final."""
+    async with connected(gateway, welcome={"expires_in": 0}) as (client, peer):
+        await in_step(client, peer)
+        await peer.close(codes.NOT_AUTHENTICATED.code)
+        with pytest.raises(SessionClosed):
+            await take(client, 1)
+        assert not peer.unexpected
+
+
 async def test_a_token_function_that_fails(gateway: FakeGateway) -> None:
     """A network error of the token function is a failed connect; its mistakes come out of `open`."""
     answers: list[Any] = [OSError("no network"), KeyError("mistake")]

@@ -24,6 +24,7 @@ def test_codes_are_unique() -> None:
         len({close.code for close in codes.CLOSES}) == len({close.name for close in codes.CLOSES}) == len(codes.CLOSES)
     )
     assert len({error.code for error in codes.ERRORS}) == len(codes.ERRORS)
+    assert len({problem.code for problem in codes.PROBLEMS}) == len(codes.PROBLEMS)
 
 
 def test_who_reconnects() -> None:

@@ -36,22 +36,25 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import Final, Literal, Self
 from urllib.parse import urlsplit
 
 from tidings.runtime.backoff import Backoff
+from tidings.runtime.tls import ClientTls
 from tidings.wire import codes
 from tidings.wire.errors import BadSettings, ConnectionLost
 from tidings.wire.frames import Filter, MarkAs
 from tidings.wire.position import Position, parse
 
 from .callbacks import Callbacks, CountCallback, GapCallback, StateCallback
-from .connection import Connection, TokenSource
+from .connection import Connection
 from .deliveries import Deliveries
 from .link import Frame, Link
 from .models import InboxEntry, InboxPage, Notification
+from .renewal import TokenSource
 
 __all__ = ["Client"]
 
@@ -68,8 +71,9 @@ class Client:
     """One device of one user. Use it as an asynchronous context manager and iterate over it.
 
     `token` is a device token, or a function (plain or asynchronous) that returns a fresh one: it is called at
-    each connect, and once more when the gateway refuses its token. When it raises `OSError`, `TimeoutError` or
-    `aiohttp.ClientError`, that is a failed connect; any other exception ends the client and comes out of the loop.
+    each connect, before the last token ends (which renews it without a reconnect), and once more when the gateway
+    refuses its token. When it raises `OSError`, `TimeoutError` or `aiohttp.ClientError`, that is a failed connect, or a
+    renewal to be tried again; any other exception ends the client and comes out of the loop.
     `since` is a position up to which the application has everything, kept from `Client.position`; only a client that
     was given one sends one, as the gateway knows the cursor.
 
@@ -79,6 +83,9 @@ class Client:
     may use the client. One whose request is not answered is forgiven (a gap is announced again on the next
     connection); any other exception ends the client and comes out of the loop.
 
+    `ca` is the path of the certificates (PEM) that a `wss` gateway is checked against, where they are not the system's:
+    such as ``.tidings/tls/ca.pem`` of `tidings dev --tls`. They are read again at a connect, if they have changed.
+
     `timeout_s` bounds each request. What the gateway refuses for good raises `SessionClosed` out of the loop.
     """
 
@@ -87,6 +94,7 @@ class Client:
         url: str,
         token: TokenSource,
         *,
+        ca: str | os.PathLike[str] | None = None,
         device: str | None = None,
         window: int | None = None,
         auto_ack: bool = True,
@@ -106,7 +114,13 @@ class Client:
         self._deliveries = Deliveries(since)
         self._callbacks = Callbacks(on_gap, on_count, on_state)
         self._connection = Connection(
-            _address(url), token, hello, backoff or Backoff(0.5, 15.0), self._deliveries, self._callbacks
+            _address(url),
+            token,
+            hello,
+            backoff or Backoff(0.5, 15.0),
+            self._deliveries,
+            self._callbacks,
+            None if ca is None else ClientTls(os.fspath(ca)),
         )
         self._tasks: list[asyncio.Task[None]] = []
         self._over: BaseException | None = None

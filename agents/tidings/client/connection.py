@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
-from collections.abc import Awaitable, Callable
-from typing import Final
+from collections.abc import Coroutine
+from typing import Any, Final
 
 import aiohttp
 
 from tidings.runtime.backoff import Backoff
+from tidings.runtime.tls import ClientTls
 from tidings.wire import codes
 from tidings.wire.errors import ConnectionLost
 from tidings.wire.position import plane_of
@@ -21,11 +21,10 @@ from .deliveries import Arrival, Deliveries
 from .ending import Breach, Ending
 from .link import BREACH, GONE, Frame, Link
 from .models import Notification
+from .renewal import TokenSource, keep_renewing, token_of
 from .requests import Requests
 
-__all__ = ["Connection", "TokenSource"]
-
-TokenSource = str | Callable[[], str] | Callable[[], Awaitable[str]]
+__all__ = ["Connection"]
 
 _WELCOME_S: Final = 20.0
 
@@ -46,9 +45,11 @@ class Connection:
         backoff: Backoff,
         deliveries: Deliveries,
         callbacks: Callbacks,
+        tls: ClientTls | None = None,
     ) -> None:
         self._url = url
         self._token = token
+        self._tls = tls
         self._hello = hello
         self._tells_since = deliveries.progress.reached is not None
         self._backoff = backoff
@@ -103,21 +104,21 @@ class Connection:
         clock = asyncio.get_running_loop().time
         start = clock()
         link: Link | None = None
-        writer: asyncio.Task[None] | None = None
+        tasks: list[asyncio.Task[None]] = []
         farewell = GONE
         try:
             async with asyncio.timeout(_WELCOME_S) as limit:
                 hello = await self._make_hello()
                 if self._stopped:
                     return ending
-                link = await Link.open(http, self._url)
+                link = await Link.open(http, self._url, None if self._tls is None else self._tls.context())
                 await link.send(hello)
                 while (frame := await link.receive()) is not None:
                     if frame.get("t") == "welcome":
                         limit.reschedule(None)
                         self._welcomed(frame, link)
                         ending.welcomed = True
-                        writer = writer or asyncio.create_task(self.acks.keep_writing(link))
+                        tasks = tasks or _start(link, self._works(frame, link))
                     else:
                         self._handle(frame, link, ending)
             ending.code = link.close_code
@@ -127,15 +128,23 @@ class Connection:
             ending.problem = str(error) or "no welcome came in time"
         finally:
             self._disconnected()
-            await _end(link, writer, codes.NORMAL.code if self._stopped else farewell)
+            await _end(link, tasks, codes.NORMAL.code if self._stopped else farewell)
         if ending.welcomed and clock() - start > self._backoff.most_s:
             # Shorter ones are no success: a gateway that throws its clients out would see them at once again.
             self._backoff.reset()
         return ending
 
+    def _works(self, welcome: Frame, link: Link) -> list[Coroutine[Any, Any, None]]:
+        """What goes on beside reading for as long as the connection lasts."""
+        works = [self.acks.keep_writing(link)]
+        expires_in = welcome.get("expires_in")
+        # A gateway of before tokens could be renewed does not say; a token that is no function's stays what it is.
+        if isinstance(expires_in, int | float) and callable(self._token):
+            works.append(keep_renewing(self._token, expires_in, link, self.requests))
+        return works
+
     async def _make_hello(self) -> Frame:
-        token = self._token() if callable(self._token) else self._token
-        hello = {**self._hello, "token": await token if inspect.isawaitable(token) else token}
+        hello = {**self._hello, "token": await token_of(self._token)}
         if self._tells_since:
             hello["since"] = self._deliveries.progress.reached
         return hello
@@ -206,14 +215,29 @@ class Connection:
         self.requests.connection_lost()
 
 
-async def _end(link: Link | None, writer: asyncio.Task[None] | None, farewell: int) -> None:
-    """Leave nothing of a connection behind."""
+def _start(link: Link, works: list[Coroutine[Any, Any, None]]) -> list[asyncio.Task[None]]:
+    """Tasks of a connection; one that fails ends the connection, and `_end` raises its error."""
+    tasks = [asyncio.create_task(work) for work in works]
+
+    def ended(task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and task.exception() is not None:
+            tasks.append(asyncio.create_task(link.close(GONE)))
+
+    for task in tasks:
+        task.add_done_callback(ended)
+    return tasks
+
+
+async def _end(link: Link | None, tasks: list[asyncio.Task[None]], farewell: int) -> None:
+    """Leave nothing of a connection behind; raises what one of its tasks failed with."""
     try:
-        if writer is not None:
-            writer.cancel()
-            await asyncio.wait([writer])
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
     finally:
         if link is not None:
             await link.close(farewell)
-    if writer is not None and not writer.cancelled():
-        writer.result()
+    for task in tasks:
+        if not task.cancelled():
+            task.result()

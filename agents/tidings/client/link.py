@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from typing import Any, Final, Self
 
 import aiohttp
@@ -34,11 +35,15 @@ class Link:
         """Of the gateway's close frame; None when the connection ended without one."""
 
     @classmethod
-    async def open(cls, http: aiohttp.ClientSession, url: str) -> Self:
-        """Shake hands; raises `ConnectionLost` when nobody is there, or somebody else."""
+    async def open(cls, http: aiohttp.ClientSession, url: str, tls: ssl.SSLContext | None = None) -> Self:
+        """Shake hands; raises `ConnectionLost` when nobody is there, or somebody else.
+
+        `tls` is for a gateway that not the system's authorities vouch for.
+        """
         try:
             socket = await http.ws_connect(
                 url,
+                ssl=tls or True,
                 protocols=(SUBPROTOCOL,),
                 compress=0,
                 max_msg_size=_MAX_FRAME_BYTES,

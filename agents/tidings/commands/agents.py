@@ -1,4 +1,4 @@
-"""``tidings gateway``, ``inbox`` and ``fanout``: one agent as a process of its own."""
+"""``tidings gateway``, ``inbox``, ``fanout`` and ``api``: one agent as a process of its own."""
 
 from __future__ import annotations
 
@@ -31,32 +31,50 @@ def register(commands: Commands[argparse.ArgumentParser], common: argparse.Argum
         "fanout", parents=[common], help="run one fan-out agent: it serves topics", description=_fanout.__doc__
     )
     fanout.set_defaults(run=_fanout)
+    api = commands.add_parser(
+        "api",
+        parents=[common],
+        help="run one HTTP api agent: services and web clients use it",
+        description=_api.__doc__,
+    )
+    api.add_argument("--host", help="address to listen on (default: the setting api_host)")
+    api.add_argument("--port", type=int, help="port to listen on, 0 for any (default: the setting api_port)")
+    api.set_defaults(run=_api)
 
 
 def _gateway(args: argparse.Namespace) -> int:
     """A gateway, configured by the environment (TIDINGS_…) or --config, until SIGINT or SIGTERM."""
     from tidings.gateway.agent import Gateway
 
-    return run(_agent(load(args, host=args.host, port=args.port), Gateway))
+    return run(_agent("gateway", load(args, host=args.host, port=args.port), Gateway))
 
 
 def _inbox(args: argparse.Namespace) -> int:
     """An inbox agent, configured by the environment (TIDINGS_…) or --config, until SIGINT or SIGTERM."""
     from tidings.inbox.agent import InboxAgent
 
-    return run(_agent(load(args), InboxAgent))
+    return run(_agent("inbox", load(args), InboxAgent))
 
 
 def _fanout(args: argparse.Namespace) -> int:
     """A fan-out agent, configured by the environment (TIDINGS_…) or --config, until SIGINT or SIGTERM."""
     from tidings.fanout.agent import FanoutAgent
 
-    return run(_agent(load(args), FanoutAgent))
+    return run(_agent("fanout", load(args), FanoutAgent))
 
 
-async def _agent(settings: Settings, make: Callable[[Settings, Store], Service]) -> int:
+def _api(args: argparse.Namespace) -> int:
+    """An HTTP api agent, configured by the environment (TIDINGS_…) or --config, until SIGINT or SIGTERM."""
+    from tidings.api.agent import Api
+
+    return run(_agent("api", load(args, api_host=args.host, api_port=args.port), Api))
+
+
+async def _agent(name: str, settings: Settings, make: Callable[[Settings, Store], Service]) -> int:
+    from tidings.runtime.exposure import check_exposures
     from tidings.store.factory import open_store_url
 
+    check_exposures(settings, name)
     store = open_store_url(settings.store_url, retention_days=settings.retention_days)
     agent = make(settings, store)
     try:

@@ -13,14 +13,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from tidings.runtime.collector import relax
-from tidings.wire.errors import TidingsError
+from tidings.wire.errors import StartFailed, TidingsError
 
 if TYPE_CHECKING:
     from tidings.runtime.service import Service
     from tidings.runtime.settings import Settings
     from tidings.stream.connection import Connection
 
-__all__ = ["DEFAULT_STATE", "Commands", "add_nats", "add_state", "check_mapping", "duration", "load", "run", "serve"]
+__all__ = [
+    "DEFAULT_STATE",
+    "Commands",
+    "add_nats",
+    "add_state",
+    "check_mapping",
+    "duration",
+    "load",
+    "load_where",
+    "run",
+    "serve",
+]
 
 Commands = argparse._SubParsersAction  # its own name is private, and there is no other
 DEFAULT_STATE: Final = Path(".tidings")
@@ -63,6 +74,25 @@ def load(args: argparse.Namespace, **given: Any) -> Settings:
     settings = Settings.load(file=args.config, **given)
     logs.set_up(settings.log_level)
     return settings
+
+
+def load_where(args: argparse.Namespace) -> Settings:
+    """`load`, with --nats and --state as `add_nats` and `add_state` (without a default) read them.
+
+    Where both are given, the state folder says where the store is, and --nats where the log is.
+    """
+    where = {} if args.state is None else _of_state(args.state)
+    return load(args, **{**where, **({} if args.nats is None else {"nats_url": args.nats})})
+
+
+def _of_state(state: Path) -> dict[str, str]:
+    """Where a running `tidings dev` has its parts."""
+    from tidings.dev.state import running
+
+    found = running(state)
+    if found is None:
+        raise StartFailed(f"no `tidings dev` runs on {state}: start it, its log is needed")
+    return {"nats_url": found.nats_url, "store_url": found.store_url, "nats_ca": found.ca}
 
 
 def run(work: Coroutine[Any, Any, _Result]) -> _Result:

@@ -25,8 +25,9 @@ def register(commands: Commands[argparse.ArgumentParser], common: argparse.Argum
     parser = commands.add_parser(
         "dev", parents=[common], help="run everything on this machine", description=_dev.__doc__
     )
-    parser.add_argument("--host", help="address of the page and the WebSockets (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, help="port of both, 0 for any (default: 8080)")
+    parser.add_argument("--host", help="address of the page, the WebSockets and the HTTP api (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, help="port of the page and the WebSockets, 0 for any (default: 8080)")
+    parser.add_argument("--api-port", type=int, help="port of the HTTP api, 0 for any (default: 8081)")
     parser.add_argument("--nats-port", type=_port, default=4222, help="port of NATS, 0 for any (default: 4222)")
     parser.add_argument("--fresh", action="store_true", help="delete what the state folder holds first")
     parser.add_argument(
@@ -34,6 +35,11 @@ def register(commands: Commands[argparse.ArgumentParser], common: argparse.Argum
         metavar="URL",
         help="keep the inbox on a CQL server: cql://host:9042/keyspace, made where it is missing (default: SQLite, in "
         "the state folder; --fresh deletes only what is there)",
+    )
+    parser.add_argument(
+        "--tls",
+        action="store_true",
+        help="https, wss and NATS with TLS, by certificates of an authority that is made in the state folder",
     )
     add_state(parser)
     parser.set_defaults(run=_dev)
@@ -51,10 +57,12 @@ def _dev(args: argparse.Namespace) -> int:
     """
     from tidings.dev.mesh import DevMesh
 
-    settings = load(args, host=args.host, port=args.port)
+    settings = load(args, host=args.host, port=args.port, api_host=args.host, api_port=args.api_port)
 
     async def main() -> int:
-        mesh = DevMesh(settings, args.state, nats_port=args.nats_port, fresh=args.fresh, store_url=args.store)
+        mesh = DevMesh(
+            settings, args.state, nats_port=args.nats_port, fresh=args.fresh, store_url=args.store, tls=args.tls
+        )
         return await serve(mesh, started=lambda: print(_greeting(mesh, args), flush=True))
 
     return run(main())
@@ -63,19 +71,25 @@ def _dev(args: argparse.Namespace) -> int:
 def _greeting(mesh: DevMesh, args: argparse.Namespace) -> str:
     http, nats = mesh.http_url, mesh.nats.url
     state = [] if args.state == DEFAULT_STATE else ["--state", str(args.state)]
-    to_nats = [] if nats == _DEFAULT_NATS else ["--nats", nats]
+    ca = None if mesh.authority is None else str(mesh.authority.ca)
+    # What has an authority of its own is found by the state folder, not by an address alone.
+    elsewhere = [] if nats == _DEFAULT_NATS else ["--nats", nats]
+    to_nats = elsewhere if ca is None else state
     listen = shlex.join([*program(), "listen", "--user", "alice", *state])
     publish = shlex.join(
         [*program(), "publish", "--user", "alice", "--type", "social.like", "--data", '{"text":"hi"}', *to_nats]
     )
     header = "Nats-Msg-Id:alice/like-1"
-    plain = shlex.join(["nats", "-s", nats, "pub", "--jetstream", "-H", header, "notify.user.alice", _EVENT])
+    trust = [] if ca is None else ["--tlsca", ca]
+    plain = shlex.join(["nats", "-s", nats, *trust, "pub", "--jetstream", "-H", header, "notify.user.alice", _EVENT])
     lines = [
         "",
         f"  Page       {http}/",
         f"  WebSocket  ws{http.removeprefix('http')}/v1/ws",
+        f"  HTTP api   {mesh.api_url}/v1/docs",
         f"  NATS       {nats}",
         f"  State      {mesh.folder.path}",
+        *([] if ca is None else [f"  CA         {ca}", f"             curl --cacert {shlex.quote(ca)} {http}/readyz"]),
         "",
         "  In other terminals:",
         f"    {listen}",
@@ -85,6 +99,6 @@ def _greeting(mesh: DevMesh, args: argparse.Namespace) -> str:
         "",
         "  Ctrl-C stops it all; the next start finds everything again.",
     ]
-    if mesh.settings.host not in _LOOPBACK:
+    if {mesh.settings.host, mesh.settings.api_host} - {*_LOOPBACK}:
         lines.append("  Everybody who reaches this address can have a token of any user here.")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""``tidings token`` and ``tidings listen``: being a device."""
+"""``tidings listen``: being a device."""
 
 from __future__ import annotations
 
@@ -6,46 +6,33 @@ import argparse
 import sys
 from collections.abc import Callable
 from datetime import datetime
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import orjson
 
-from .common import Commands, add_state, duration, load, run
+from tidings.runtime.logs import flat
+
+from .common import Commands, add_state, load, run
+from .tokens import DEFAULT_TTL_S, sign
 
 if TYPE_CHECKING:
     from tidings.client import Notification
 
 __all__ = ["register"]
 
-_TTL_S: Final = 3600
-
 
 def register(commands: Commands[argparse.ArgumentParser], common: argparse.ArgumentParser) -> None:
-    token = commands.add_parser("token", parents=[common], help="print a device token", description=_token.__doc__)
-    token.add_argument("--user", required=True, help="whom the token speaks for")
-    token.add_argument("--device", help="the one device that it is for (default: any of the user)")
-    token.add_argument(
-        "--ttl", type=duration, default=_TTL_S, help="how long it is valid: 90s, 15m, 1h, 7d (default: 1h)"
-    )
-    add_state(token)
-    token.set_defaults(run=_token)
     listen = commands.add_parser(
         "listen", parents=[common], help="be a device: print what arrives", description=_listen.__doc__
     )
     listen.add_argument("--user", required=True, help="whose notifications")
     listen.add_argument("--device", help="a name of your own: what was missed under it comes first")
     listen.add_argument("--url", help="of the gateway (default: the mesh that runs on --state, or the settings)")
+    listen.add_argument("--ca", metavar="FILE", help="what a wss gateway is checked against (default: as --url)")
     listen.add_argument("--token", help="the device token (default: one made with the key in --state)")
     listen.add_argument("--json", action="store_true", help="one JSON object a line")
     add_state(listen)
     listen.set_defaults(run=_listen)
-
-
-def _token(args: argparse.Namespace) -> int:
-    """Print a device token (JWT), signed with the key of a state folder, and nothing else."""
-    load(args)
-    print(_issue(args, args.ttl))
-    return 0
 
 
 def _listen(args: argparse.Namespace) -> int:
@@ -58,16 +45,17 @@ def _listen(args: argparse.Namespace) -> int:
     mesh = running(args.state) if args.url is None else None
     url = args.url or (mesh.ws_url if mesh else f"ws://{settings.host}:{settings.port}/v1/ws")
     if args.token is None:
-        _issue(args, _TTL_S)  # what is wrong with the key or the names is said before anything is tried
+        sign(args, settings, DEFAULT_TTL_S)  # what is wrong with the key or the names is said before anything is tried
     # With the key at hand each connection gets a token of its own: none expires while this listens.
-    return run(_print_all(args, url, args.token or (lambda: _issue(args, _TTL_S))))
+    ca = args.ca or (mesh.ca if mesh else None) or None
+    return run(_print_all(args, url, ca, args.token or (lambda: sign(args, settings, DEFAULT_TTL_S))))
 
 
-async def _print_all(args: argparse.Namespace, url: str, token: str | Callable[[], str]) -> int:
+async def _print_all(args: argparse.Namespace, url: str, ca: str | None, token: str | Callable[[], str]) -> int:
     from tidings.client import Client
 
     show = _as_json if args.json else _as_text
-    async with Client(url, token, device=args.device) as client:
+    async with Client(url, token, device=args.device, ca=ca) as client:
         print(f"listening as {args.user} at {url}", file=sys.stderr, flush=True)
         async for notification in client:
             print(show(notification), flush=True)
@@ -82,11 +70,4 @@ def _as_json(notification: Notification) -> str:
 def _as_text(notification: Notification) -> str:
     again = f" (attempt {notification.attempt})" if notification.attempt > 1 else ""
     data = orjson.dumps(notification.data).decode()
-    return f"{datetime.now():%H:%M:%S}  {notification.type}  {data}  [{notification.id}]{again}"
-
-
-def _issue(args: argparse.Namespace, ttl_s: int) -> str:
-    from tidings.dev.state import read_key
-    from tidings.runtime.tokens import issue
-
-    return issue(read_key(args.state), args.user, args.device, ttl_s)
+    return flat(f"{datetime.now():%H:%M:%S}  {notification.type}  {data}  [{notification.id}]{again}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import resource
 import time
 from collections.abc import AsyncIterator
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 from urllib.parse import unquote
 
+from tidings.runtime.address import shown
 from tidings.wire.errors import BadSettings, StreamUnavailable, TidingsError, TopologyMismatch
 
 from .common import DEFAULT_STATE, Commands, add_nats, add_state, check_mapping, load, run
@@ -68,7 +70,7 @@ def _doctor(args: argparse.Namespace) -> int:
         state = DEFAULT_STATE if _mesh_runs(DEFAULT_STATE) else None
     if state is not None:
         settings = _of_state(settings, state)
-    return run(_examine(settings))
+    return run(_examine(settings, dev=state is not None))
 
 
 def _mesh_runs(folder: Path) -> bool:
@@ -91,12 +93,16 @@ def _of_state(settings: Settings, folder: Path) -> Settings:
     print(f"the mesh of `tidings dev` on {folder}:")
     state = StateFolder(folder)
     state.look()
-    return embedded(settings, state, mesh.nats_url, read_key(folder))
+    return dataclasses.replace(embedded(settings, state, mesh.nats_url, read_key(folder)), nats_ca=mesh.ca)
 
 
-async def _examine(settings: Settings) -> int:
+async def _examine(settings: Settings, *, dev: bool) -> int:
     failed = False
-    for checks in (_nats(settings), _store(settings), _machine(settings)):
+    checked = [_nats(settings), _store(settings), _machine(settings)]
+    if not dev:
+        # Of a development mesh everything is open to this machine, on purpose.
+        checked.append(_protection(settings))
+    for checks in checked:
         async for verdict, text in checks:
             print(f"{verdict:<4}  {text}", flush=True)
             failed = failed or verdict == "FAIL"
@@ -130,7 +136,7 @@ async def _nats(settings: Settings) -> AsyncIterator[_Finding]:
 
 def _version(connection: Connection, settings: Settings) -> _Finding:
     version = connection.connected_server_version
-    text = f"NATS at {settings.nats_url}: nats-server {version.major}.{version.minor}.{version.patch}"
+    text = f"NATS at {shown(settings.nats_url)}: nats-server {version.major}.{version.minor}.{version.patch}"
     if (version.major, version.minor) < _OLDEST_SERVER:
         return _fail(f"{text}, which lacks what is needed: upgrade it to {_dotted(_TESTED_SERVER)} or newer")
     if (version.major, version.minor) < _TESTED_SERVER:
@@ -207,22 +213,21 @@ async def _clock(connection: Connection) -> _Finding:
 
 
 async def _store(settings: Settings) -> AsyncIterator[_Finding]:
-    from tidings.store.factory import open_store_url, shown
+    from tidings.store import factory
 
     if _is_missing_file(settings.store_url):
         # Opening would make it, here, where perhaps no agent runs.
-        yield _warn(
-            f"store at {shown(settings.store_url)}: not there yet: the first agent that starts in this folder makes it"
-        )
+        where = factory.shown(settings.store_url)
+        yield _warn(f"store at {where}: not there yet: the first agent that starts in this folder makes it")
         return
-    store = open_store_url(settings.store_url, retention_days=settings.retention_days)
+    store = factory.open_store_url(settings.store_url, retention_days=settings.retention_days)
     try:
         await store.open()
         await store.check()
     except TidingsError as error:
-        yield _fail(f"store at {shown(settings.store_url)}: {error}")
+        yield _fail(f"store at {factory.shown(settings.store_url)}: {error}")
     else:
-        yield _ok(f"store at {shown(settings.store_url)}: reads and writes")
+        yield _ok(f"store at {factory.shown(settings.store_url)}: reads and writes")
     finally:
         await store.close()
 
@@ -247,3 +252,24 @@ async def _machine(settings: Settings) -> AsyncIterator[_Finding]:
         yield _ok("token_key: set")
     else:
         yield _fail("token_key: not set, gateways do not start. Give them TIDINGS_TOKEN_KEY: `openssl rand -hex 32`")
+
+
+async def _protection(settings: Settings) -> AsyncIterator[_Finding]:
+    from tidings.runtime.exposure import exposures
+    from tidings.runtime.settings import listed
+    from tidings.runtime.tls import end_of, server_tls
+
+    found, allowed = exposures(settings), listed(settings.insecure)
+    for name, text in found:
+        yield _warn(f"insecure={name}: {text}") if name in allowed else _fail(f"agents do not start: {text}")
+    if not found:
+        yield _ok("protection: no address outside of this machine is without TLS")
+    if settings.tls_certificate:
+        try:
+            server_tls(settings)
+            end = end_of(settings.tls_certificate)
+        except (BadSettings, ValueError) as error:
+            yield _fail(f"certificate: {error}")
+            return
+        text = f"certificate: {settings.tls_certificate} is good until {end:%Y-%m-%d %H:%M} UTC"
+        yield _ok(text) if end > datetime.now(UTC) else _fail(f"{text}: renew it")

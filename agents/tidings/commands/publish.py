@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from tidings.wire.errors import InvalidNotification
+from tidings.dev.state import running
+from tidings.wire.errors import InvalidNotification, StartFailed
 
-from .common import Commands, add_nats, load, run
+from .common import DEFAULT_STATE, Commands, add_nats, add_state, load, run
 
 if TYPE_CHECKING:
     from tidings.runtime.settings import Settings
@@ -28,6 +30,7 @@ def register(commands: Commands[argparse.ArgumentParser], common: argparse.Argum
     parser.add_argument("--data", metavar="JSON", help="what the device gets to show")
     parser.add_argument("--id", help="the same id is the same notification: use it to try again (default: a new one)")
     add_nats(parser)
+    add_state(parser, default=None)
     parser.set_defaults(run=_publish)
 
 
@@ -39,13 +42,26 @@ def _publish(args: argparse.Namespace) -> int:
             data = orjson.loads(args.data)
         except orjson.JSONDecodeError as error:
             raise InvalidNotification(f"--data is not JSON: {error}. Quote text, as in '\"hi\"'") from None
-    return run(_send(load(args, nats_url=args.nats), args, data))
+    return run(_send(load(args, **_where(args)), args, data))
+
+
+def _where(args: argparse.Namespace) -> dict[str, str]:
+    """Where NATS is: as told, else of the `tidings dev` that runs on --state, or here where nothing says another."""
+    if args.nats is not None:
+        return {"nats_url": args.nats}
+    if args.state is None and (args.config is not None or "TIDINGS_NATS_URL" in os.environ):
+        return {}
+    mesh = running(args.state or DEFAULT_STATE)
+    if mesh is None and args.state is not None:
+        raise StartFailed(f"no `tidings dev` runs on {args.state}: start it, or leave --state out")
+    return {} if mesh is None else {"nats_url": mesh.nats_url, "nats_ca": mesh.ca}
 
 
 async def _send(settings: Settings, args: argparse.Namespace, data: Any) -> int:
     from tidings.publish.publisher import Publisher
+    from tidings.schema import Schemas
 
-    async with Publisher(settings) as publisher:
+    async with Publisher(settings, schemas=Schemas.checking(settings)) as publisher:
         event = {"type": args.type, "data": data, "id": args.id}
         if args.topic is None:
             published = await publisher.publish(args.user, **event)

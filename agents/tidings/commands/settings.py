@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from tidings.wire.errors import BadSettings
@@ -38,14 +39,18 @@ def _settings(args: argparse.Namespace) -> int:
 
 def _problems(file: Path | None) -> list[str]:
     """Of all values, those included that an agent reads only when it starts."""
+    from tidings.identity.web import check_url
     from tidings.runtime.entitlement import Entitlement
     from tidings.runtime.settings import Settings
+    from tidings.schema import Schemas
     from tidings.store.factory import open_store_url
 
     values, problems = Settings.examine(file=file)
     readers: tuple[tuple[str, Callable[[str], object]], ...] = (
         ("store_url", open_store_url),
         ("subscribe_rules", Entitlement),
+        ("schema_dir", lambda folder: Schemas.load(Path(folder) if folder else None)),
+        *((name, partial(check_url, name)) for name in ("token_jwks_url", "subscribe_callback_url") if values[name]),
     )
     for name, reader in readers:
         try:

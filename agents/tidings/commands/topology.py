@@ -1,4 +1,7 @@
-"""``tidings topology plan|apply|show``: the streams and shared consumers on the server, and the store's schema."""
+"""``tidings topology plan|apply|show``: the streams and shared consumers on the server, and the store's schema.
+
+``nats-config`` has a module of its own.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from . import nats_config
 from .common import Commands, add_nats, check_mapping, load, run
 
 if TYPE_CHECKING:
@@ -34,6 +38,7 @@ def register(commands: Commands[argparse.ArgumentParser], common: argparse.Argum
         sub = actions.add_parser(name, parents=[common], help=text, description=text)
         add_nats(sub)
         sub.set_defaults(run=_run, action=action)
+    nats_config.register(actions, common)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -104,7 +109,7 @@ async def _show(connection: Connection, settings: Settings) -> None:
         rows.append((*_numbers(await connection.api(f"STREAM.INFO.{name}")), behind, f"{incarnation:x}"))
     consumers = {topology.TOPICS: topology.FANOUT, topology.BROADCAST: topology.INBOX}
     incarnations = {topology.BROADCAST: f"{found.broadcast:x}"}
-    for name in (topology.TOPICS, topology.DECISIONS, topology.BROADCAST, topology.DEAD):
+    for name in topology.SHARED:
         behind = await _behind(connection, name, consumers[name]) if name in consumers else ""
         numbers = _numbers(await connection.api(f"STREAM.INFO.{name}"))
         rows.append((*numbers, behind, incarnations.get(name, "")))

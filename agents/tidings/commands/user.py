@@ -5,14 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Coroutine
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from tidings.wire.errors import StartFailed
-
-from .common import Commands, add_nats, add_state, load, run
+from .common import Commands, add_nats, add_state, load_where, run
 
 if TYPE_CHECKING:
     from tidings.runtime.settings import Settings
@@ -36,22 +33,10 @@ def _first_line(action: Callable[..., object]) -> str:
 
 
 def _run(args: argparse.Namespace) -> int:
-    # Where both are given, the state folder says where the store is, and --nats where the log is.
-    where = {} if args.state is None else _of_state(args.state)
-    settings = load(args, **{**where, **({} if args.nats is None else {"nats_url": args.nats})})
+    settings = load_where(args)
     action: Callable[[Settings, str], Coroutine[Any, Any, None]] = args.action
     run(action(settings, args.user))
     return 0
-
-
-def _of_state(state: Path) -> dict[str, str]:
-    """Where a running `tidings dev` has its parts."""
-    from tidings.dev.state import running
-
-    found = running(state)
-    if found is None:
-        raise StartFailed(f"no `tidings dev` runs on {state}: start it, its log has to be looked at too")
-    return {"nats_url": found.nats_url, "store_url": found.store_url}
 
 
 async def _export(settings: Settings, user: str) -> None:
@@ -108,4 +93,5 @@ async def _erase(settings: Settings, user: str) -> None:
         await connection.finish()
     print(f"inbox: {stored} notifications deleted, with all marks and cursors; devices that are online start anew")
     print(f"log: {logged} notifications deleted; dead letters: {dead}")
-    print("not covered: your backups of either, and copies of the streams elsewhere (mirrors, sources)")
+    print("not covered: your backups of either, and copies of the streams elsewhere (mirrors, sources); revocations of")
+    print("the user's tokens, which are forgotten when no token can be alive")

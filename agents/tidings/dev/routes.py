@@ -23,8 +23,8 @@ import orjson
 from aiohttp import hdrs, web
 
 import tidings
+from tidings.identity import issue
 from tidings.publish.publisher import Publisher
-from tidings.runtime import tokens
 from tidings.runtime.settings import Settings
 from tidings.wire.errors import PublishUnconfirmed, StoreUnavailable, StreamUnavailable, TidingsError
 from tidings.wire.topic import check_topic
@@ -155,7 +155,7 @@ class Routes:
         user, device = _text(asked, "user"), asked.get("device")
         if device is not None:
             device = _text(asked, "device")
-        return _answer({"token": tokens.issue(self._settings.token_key, user, device)})
+        return _answer({"token": issue(self._settings.token_key, user, device)})
 
     async def _publish(self, request: web.Request) -> web.Response:
         asked = await _body(request, required=("type",), optional=("user", "topic", "data", "id"))

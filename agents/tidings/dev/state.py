@@ -7,6 +7,7 @@
 | ``token.key`` | the secret that signs device tokens; readable by its owner only |
 | ``tidings.db`` | inbox and cursors (SQLite) |
 | ``nats/`` | nats-server: its configuration, its log, and the streams in ``jetstream/`` |
+| ``tls/`` | the authority and certificates of ``--tls``; see `authority` |
 | ``runtime.json`` | where the running mesh listens |
 """
 
@@ -24,6 +25,7 @@ from urllib.parse import quote
 
 import orjson
 
+from tidings.runtime.exposure import DEV_KEY_PREFIX
 from tidings.wire.errors import StartFailed
 
 __all__ = ["DEFAULT_PARTITIONS", "Marker", "Running", "StateFolder", "read_key", "running"]
@@ -39,6 +41,7 @@ _DATABASE: Final = "tidings.db"
 _LEAST_DATABASE: Final = 512
 """Bytes: SQLite's smallest page."""
 _NATS: Final = "nats"
+_TLS: Final = "tls"
 _RUNTIME: Final = "runtime.json"
 _LEAST_KEY: Final = 32
 _LOCK_TRIES: Final = 5
@@ -62,6 +65,8 @@ class Running(NamedTuple):
     nats_url: str
     http_url: str
     store_url: str
+    ca: str = ""
+    """The path of what its certificates are checked against; empty for one without TLS."""
 
     @property
     def ws_url(self) -> str:
@@ -79,6 +84,10 @@ class StateFolder:
     @property
     def nats(self) -> Path:
         return self.path / _NATS
+
+    @property
+    def tls(self) -> Path:
+        return self.path / _TLS
 
     @property
     def store_url(self) -> str:
@@ -127,7 +136,7 @@ class StateFolder:
         file = self.path / _KEY
         try:
             with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as new:
-                new.write(secrets.token_hex(_LEAST_KEY) + "\n")
+                new.write(f"{DEV_KEY_PREFIX}{secrets.token_hex(_LEAST_KEY)}\n")
         except FileExistsError:
             pass
         except OSError as error:
@@ -140,9 +149,9 @@ class StateFolder:
             self.marker = self.marker._replace(streams_made=True)
             self._write_marker()
 
-    def note_running(self, nats_url: str, http_url: str, store_url: str) -> None:
-        """Tell other commands where the mesh listens, and where its inbox is."""
-        self._write(_RUNTIME, Running(os.getpid(), nats_url, http_url, store_url)._asdict())
+    def note_running(self, nats_url: str, http_url: str, store_url: str, ca: str = "") -> None:
+        """Tell other commands where the mesh listens, where its inbox is, and whom they are to trust."""
+        self._write(_RUNTIME, Running(os.getpid(), nats_url, http_url, store_url, ca)._asdict())
 
     def _take(self) -> None:
         self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -171,7 +180,7 @@ class StateFolder:
 
     def _empty(self) -> None:
         # The marker goes last: a deletion that is cut short leaves a folder that can be emptied again.
-        for pattern in (_NATS, _KEY, f"{_DATABASE}*", _RUNTIME, _MARKER):
+        for pattern in (_NATS, _TLS, _KEY, f"{_DATABASE}*", _RUNTIME, _MARKER):
             for file in self.path.glob(pattern):
                 if file.is_dir() and not file.is_symlink():
                     shutil.rmtree(file)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from base64 import b64decode
 from collections import deque
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -25,8 +24,9 @@ from tidings.publish import Publisher
 from tidings.runtime.backoff import Backoff
 from tidings.runtime.service import Service
 from tidings.runtime.settings import Settings
+from tidings.schema import reader
 from tidings.store.port import Store, SubscriberPage
-from tidings.stream import consumers, topology
+from tidings.stream import consumers, once, topology
 from tidings.stream.connection import Connection, connect
 from tidings.stream.consumers import Delivery
 from tidings.stream.topology import DECISIONS, FANOUT, TOPICS
@@ -39,7 +39,7 @@ from tidings.wire.errors import (
     StoreUnavailable,
     StreamUnavailable,
 )
-from tidings.wire.notification import MAX_BODY_BYTES, check
+from tidings.wire.notification import MAX_BODY_BYTES
 from tidings.wire.topic import patterns_of
 
 __all__ = ["FanoutAgent"]
@@ -83,6 +83,7 @@ class FanoutAgent(Service):
         super().__init__()
         self._settings = settings
         self._store = store
+        self._read = reader(settings)
         self._id = secrets.token_hex(4)
         self._connection: Connection
         self._publisher: Publisher
@@ -153,7 +154,7 @@ class FanoutAgent(Service):
             self._pull_ended(where, header)
             return
         self._pull_left -= 1
-        message = _Message(where.decode(), body, reply, consumers.parse_reply(reply))
+        message = _Message(subject.readable(where), body, reply, consumers.parse_reply(reply))
         waiting = self._waiting.get(message.where)
         if waiting is None:
             waiting = self._waiting[message.where] = deque()
@@ -199,7 +200,7 @@ class FanoutAgent(Service):
         """Bring one message to all subscribers, however long it takes; False when it is a dead letter instead."""
         try:
             topic = subject.topic_of(message.where)
-            envelope = check(message.body)
+            envelope = self._read(message.body)
         except (BadTopic, InvalidNotification) as error:
             await self._bury(message, error.code, str(error))
             return False
@@ -243,14 +244,11 @@ class FanoutAgent(Service):
         backoff = Backoff(0.1, 5.0)
         while True:
             try:
-                answer = await self._connection.store(subject.DECIDED, plane.encode(), {"Nats-Msg-Id": id})
-                if not answer.get("duplicate"):
-                    return plane
-                found = await self._connection.api(f"STREAM.MSG.GET.{DECISIONS}", {"seq": answer["seq"]})
+                held = await once.first(self._connection, DECISIONS, subject.DECIDED, id, plane.encode())
             except StreamUnavailable as error:
                 await self._wait(backoff, f"a decision waits: {error}")
             else:
-                return "broadcast" if b64decode(found["message"]["data"]) == b"broadcast" else "copies"
+                return "broadcast" if held == b"broadcast" else "copies"
 
     async def _broadcast(self, message: _Message, topic: str, body: bytes) -> None:
         """Have the log store the one message, however often it takes."""

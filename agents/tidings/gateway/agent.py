@@ -1,6 +1,7 @@
 """The gateway agent.
 
-Reads: the personal plane's streams, one consumer a session; inbox floors (core NATS); the store's cursors and inbox.
+Reads: the personal plane's streams, one consumer a session; inbox floors (core NATS); the store's cursors and inbox;
+revocations.
 Writes: WebSocket frames; cursors and marks to the store; dead letters to ``DEAD``; presence (core NATS).
 Acks when: the client has acknowledged the notification, or it is durable as a dead letter, or it is nobody's.
 Crash costs: the acks of the last `cursor_flush_s` seconds, which come again as duplicates; its clients reconnect to
@@ -9,28 +10,33 @@ another gateway, and its consumers end by themselves after `consumer_idle_s`.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from typing import Final
 
-import orjson
 from aiohttp import web
 
+from tidings.identity import Verifier
+from tidings.identity.entitlement import TopicEntitlement
+from tidings.runtime.listening import listen
+from tidings.runtime.porch import Porch, Runner
 from tidings.runtime.service import Service
 from tidings.runtime.settings import Settings
+from tidings.runtime.tls import server_tls
 from tidings.store.guard import GuardedStore
 from tidings.store.port import Store
-from tidings.stream import consumers, topology
-from tidings.stream.connection import ApiError, Connection, connect
+from tidings.stream import gateways, topology
+from tidings.stream.connection import Connection, connect
 from tidings.stream.topology import BROADCAST_PART
 from tidings.wire import codes, subject
-from tidings.wire.errors import StartFailed, TidingsError
+from tidings.wire.errors import TidingsError
 
+from .authenticator import Authenticator
 from .door import Door
 from .hub import Hub
 from .keeper import Keeper
 from .leaving import Leaving
 from .opening import Opener, give_up
+from .requests import Requests
 
 __all__ = ["Gateway"]
 
@@ -52,17 +58,17 @@ class Gateway(Service):
         self, settings: Settings, store: Store, *, routes: Callable[[web.Application], None] | None = None
     ) -> None:
         super().__init__()
-        if not settings.token_key:
-            raise StartFailed(
-                "token_key is not set: give the gateway TIDINGS_TOKEN_KEY, such as `openssl rand -hex 32`"
-            )
+        self._verifier = Verifier(settings)
+        self._entitlement = TopicEntitlement(settings)
         self._settings = settings
         self._store = store
         self._routes = routes
         self._connection: Connection | None = None
-        self._runner: web.AppRunner | None = None
+        self._porch: Porch | None = None
+        self._runner: Runner | None = None
         self._hub: Hub | None = None
         self._door: Door | None = None
+        self._authenticator: Authenticator | None = None
         self._leaving: Leaving | None = None
         self.port = 0
         """The port that is listened on, once started."""
@@ -74,20 +80,27 @@ class Gateway(Service):
         return self._hub
 
     async def _start(self) -> None:
+        await self._verifier.open()
+        await self._entitlement.open()
         self._connection = connection = await connect(
             self._settings, "tidings-gateway", lost=self._cut_off, found=self._reconnected
         )
         found = await topology.discover(connection)
         store = GuardedStore(self._store, self._settings.store_timeout_s)
         self._hub = hub = Hub(self._settings, store, connection, found, self.spawn)
-        await self._read_floors(hub)
+        self._authenticator = authenticator = Authenticator(hub, self._verifier)
+        # Before anybody is let in: a gateway that does not know what was revoked is none.
+        await authenticator.revocations.open()
+        await hub.floors.read(connection)
         await connection.listen(subject.INBOX_FLOOR, self._heard_floors)
         await connection.listen(subject.gateway_wildcard(hub.gateway), self._receive)
         await connection.confirm()
         await hub.feed.start(hub.floors[BROADCAST_PART])
         opener = Opener(hub)
         keeper = Keeper(hub, opener)
-        self._door = Door(hub, opener)
+        self._porch = Porch(self._settings.strangers_max)
+        requests = Requests(hub, self._entitlement)
+        self._door = Door(hub, opener, self._porch, authenticator, requests)
         self._leaving = Leaving(hub, self._door, keeper)
         for loop in (
             keeper.write_cursors,
@@ -95,49 +108,43 @@ class Gateway(Service):
             keeper.keep_time,
             keeper.mend,
             keeper.probe,
+            keeper.watch_memory,
             hub.feed.mend,
+            authenticator.revocations.follow,
         ):
             self.spawn(loop())
         connection.gulp_s = _GULP_S
         await self._listen()
-        self.log.info("gateway %s listens on %s:%d", hub.gateway, self._settings.host, self.port)
-
-    async def _read_floors(self, hub: Hub) -> None:
-        async def read(partition: int) -> None:
-            try:
-                hub.floors.raise_to(partition, await consumers.inbox_floor(hub.connection, partition))
-            except ApiError as error:
-                # Without inbox agents nothing is in the store: 0 is the floor.
-                self.log.warning("partition %d has no inbox floor: %s", partition, error)
-
-        await asyncio.gather(*map(read, (*range(hub.topology.partitions), BROADCAST_PART)))
+        secured = " with TLS" if self._settings.tls_certificate else ""
+        self.log.info("gateway %s listens on %s:%d%s", hub.gateway, self._settings.host, self.port, secured)
 
     async def _listen(self) -> None:
-        app = web.Application()
+        assert self._porch is not None
         assert self._door is not None
+        app = web.Application(middlewares=[self._porch.middleware()])
         app.router.add_get("/v1/ws", self._door.handle)
         app.router.add_get("/healthz", self._healthz)
         app.router.add_get("/readyz", self._readyz)
         if self._routes is not None:
             self._routes(app)
-        self._runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=1.0)
-        await self._runner.setup()
-        host, port = self._settings.host, self._settings.port
-        site = web.TCPSite(self._runner, host, port, backlog=4096)
-        try:
-            # Cancelled half-way, asyncio would leave a socket that listens and that nobody has.
-            listening = asyncio.ensure_future(site.start())
-            try:
-                await asyncio.shield(listening)
-            except asyncio.CancelledError:
-                await asyncio.wait([listening])
-                raise
-        except OSError as error:
-            raise StartFailed(
-                f"the gateway cannot listen on {host}:{port}: {error.strerror or error}. Is something else running "
-                "there? Choose another with --port or TIDINGS_PORT"
-            ) from None
-        self.port = self._runner.addresses[0][1]
+        self._runner = Runner(
+            app,
+            self._porch,
+            access_log=None,
+            handle_signals=False,
+            shutdown_timeout=1.0,
+            # It also bounds how long a request may take to come.
+            keepalive_timeout=self._settings.hello_timeout_s,
+            # A body that nobody asked for is not waited for.
+            lingering_time=1.0,
+        )
+        settings = self._settings
+        tls = server_tls(settings)
+        if tls is not None:
+            self.spawn(tls.watch())
+        self.port = await listen(
+            self._runner, "gateway", settings.host, settings.port, backlog=4096, tls=tls, variable="TIDINGS_PORT"
+        )
 
     # From NATS
 
@@ -157,8 +164,7 @@ class Gateway(Service):
         elif where.endswith(b".topics"):
             hub.follows.asked(body.decode(), reply.decode())
         elif where.endswith(b".user"):
-            told = orjson.loads(body)
-            hub.tell_here(told["user"], [frame.encode() for frame in told["frames"]])
+            hub.tell_here(*gateways.told(body))
         else:
             hub.on_pull_reply(where, reply, header, body)
 
@@ -172,6 +178,8 @@ class Gateway(Service):
     async def _cut_off(self) -> None:
         if self._hub is not None:
             self._hub.follows.cut_off()
+        if self._authenticator is not None:
+            self._authenticator.revocations.cut_off()
 
     async def _reconnected(self) -> None:
         """The connection to NATS is back: no pull survived it, and perhaps no consumer."""
@@ -179,6 +187,8 @@ class Gateway(Service):
         if hub is None or self._connection is None:
             return
         self.log.info("the connection to NATS is back")
+        if self._authenticator is not None:
+            self._authenticator.revocations.found()
         for session in list(hub.by_consumer.values()):
             session.pull()
         hub.deletions.reconnected()
@@ -196,7 +206,7 @@ class Gateway(Service):
             self.log.warning("the streams are new ones, or were restored: every session starts again")
             sessions = list(hub.by_id.values())
             hub.change_topology(found)
-            await self._read_floors(hub)
+            await hub.floors.read(hub.connection)
             hub.feed.anew()
             for session in sessions:
                 hub.close_socket(session, codes.RESTART, hub.bye(2000))
@@ -217,6 +227,8 @@ class Gateway(Service):
             await self._runner.cleanup()
         if self._connection is not None:
             await self._connection.finish()
+        await self._verifier.close()
+        await self._entitlement.close()
 
     # Health
 
@@ -230,6 +242,10 @@ class Gateway(Service):
             problems.append(f"the gateway is {self.state.value}")
         if self._connection is None or not self._connection.is_connected:
             problems.append("no connection to NATS")
+        if self._authenticator is not None and not self._authenticator.revocations.current:
+            problems.append("it is not known which tokens are revoked")
+        if self._verifier.problem is not None:
+            problems.append(self._verifier.problem)
         try:
             if self._hub is not None:
                 await self._hub.store.check()

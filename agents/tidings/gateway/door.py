@@ -8,19 +8,32 @@ from typing import Final
 
 from aiohttp import web
 
-from tidings.runtime.tokens import Identity, verify
-from tidings.store.port import Holder
+from tidings.identity import Device
+from tidings.runtime.porch import Porch
+from tidings.store.port import ANONYMOUS, Holder
 from tidings.stream import consumers
 from tidings.wire import codes, frames
 from tidings.wire.codes import Close
-from tidings.wire.errors import BadFrame, BadPosition, BadSubject, NotAuthenticated, StoreUnavailable, StreamUnavailable
+from tidings.wire.errors import (
+    BadFrame,
+    BadPosition,
+    BadSubject,
+    KeysUnavailable,
+    NotAllowed,
+    NotAuthenticated,
+    StoreUnavailable,
+    StreamUnavailable,
+)
 from tidings.wire.frames import Hello
 from tidings.wire.position import Place, Position
 from tidings.wire.subject import escape
 
 from .admission import Admission
+from .authenticator import Authenticator
 from .conversation import Conversation
+from .handshake import refuse
 from .hub import Hub, new_id
+from .meter import CONNECT_FRAMES
 from .opening import Opener, Plan
 from .pace import Pace
 from .requests import Requests
@@ -32,6 +45,8 @@ __all__ = ["Door"]
 _RETRY_SPREAD_MS: Final = 3000
 _A_TURN: Final = 8
 """Handshakes, and hellos, of one turn of the loop: one or two milliseconds of it."""
+_CROWDED_MS: Final = 30_000
+"""How long a device that is one too many stays away."""
 
 log = logging.getLogger("tidings.gateway")
 
@@ -39,7 +54,7 @@ log = logging.getLogger("tidings.gateway")
 class _Refused(Exception):
     """The connection ends here, with this close."""
 
-    def __init__(self, close: Close, message: str, code: str | None = None, after_ms: int | None = None) -> None:
+    def __init__(self, close: Close, message: str, code: str | None = None, *, after_ms: int | None = None) -> None:
         super().__init__(message)
         self.close = close
         self.code = code
@@ -50,11 +65,15 @@ class _Refused(Exception):
 class Door:
     """Handles ``GET /v1/ws``."""
 
-    def __init__(self, hub: Hub, opener: Opener) -> None:
+    def __init__(
+        self, hub: Hub, opener: Opener, porch: Porch, authenticator: Authenticator, requests: Requests
+    ) -> None:
         self._hub = hub
+        self._porch = porch
         self._opener = opener
-        self._requests = Requests(hub)
         self._handshakes, self._hellos = Pace(_A_TURN), Pace(_A_TURN)
+        self._authenticator = authenticator
+        self._requests = requests
         self._admission = Admission(hub.settings.consumer_starts, hub.settings.start_wait_s, hub.now)
         self.open = True
         """Cleared when the gateway drains."""
@@ -64,19 +83,19 @@ class Door:
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """One connection, from handshake to close."""
         settings = self._hub.settings
-        socket = Socket(settings.frame_max_bytes, settings.write_buffer_bytes)
-        if len(self._entering) >= settings.entering_max:
-            # Not even a handshake: it would cost more than all that is asked for.
-            raise web.HTTPServiceUnavailable(headers={"Retry-After": str(1 + self._admission.come_back_ms() // 1000)})
+        refusal = refuse(request, settings)
+        if refusal is not None:
+            return refusal
+        socket = Socket(settings.frame_max_bytes, settings.write_buffer_bytes, self._hub.meters.limits)
         self._entering.add(socket)
         try:
             await self._handshakes.turn()
             response = await socket.accept(request)
-            session = await self._enter(socket, request.headers.get("Authorization"))
+            session = await self._enter(socket, request)
             self._entering.discard(socket)
             if session is not None:
                 try:
-                    await Conversation(self._hub, self._requests, session, socket).run()
+                    await Conversation(self._hub, self._requests, self._authenticator, session, socket).run()
                 finally:
                     self._hub.detach(session, socket, linger=socket.may_return)
         except _Refused as refused:
@@ -88,6 +107,7 @@ class Door:
                 farewell = self._hub.bye(_RETRY_SPREAD_MS) if after is None else frames.bye(after)
             socket.dismiss(refused.close, farewell)
         finally:
+            self._porch.let_in(request.protocol)
             await socket.gone()
             self._entering.discard(socket)
         return response
@@ -98,7 +118,7 @@ class Door:
         for socket in list(self._entering):
             socket.dismiss(codes.RESTART, self._hub.bye(_RETRY_SPREAD_MS))
 
-    async def _enter(self, socket: Socket, authorization: str | None) -> Session | None:
+    async def _enter(self, socket: Socket, request: web.Request) -> Session | None:
         """Hello, identity, session. None when the connection ended or was taken over on the way."""
         settings = self._hub.settings
         if not self.open:
@@ -108,16 +128,20 @@ class Door:
                 frame = await socket.receive()
         except TimeoutError:
             raise _Refused(codes.NO_HELLO, f"no hello came within {settings.hello_timeout_s:g} s") from None
+        self._porch.let_in(request.protocol)
         if frame is None:
             return None
         await self._hellos.turn()
         hello = self._read_hello(frame)
-        identity = self._identify(hello, authorization)
-        device = identity.device or hello.device or f"session-{new_id()}"
+        who = await self._identify(hello, request.headers.get("Authorization"))
+        device = who.device or hello.device or f"{ANONYMOUS}{new_id()}"
+        # Before it can put another connection of the device out, or anything on the user's account.
+        self._check_revoked(who, device)
+        self._count(socket, who.user)
         if hello.device is not None and hello.device != device:
             raise _Refused(codes.NOT_ALLOWED, "the token is for another device than the hello names")
         window = min(hello.window or settings.window, settings.window_max)
-        return await self._join(socket, identity.user, device, window, _since(hello))
+        return await self._join(socket, who, device, window, _since(hello))
 
     def _read_hello(self, frame: str | bytes) -> Hello:
         try:
@@ -134,7 +158,7 @@ class Door:
             raise _Refused(codes.BAD_FRAME, str(error)) from None
         return hello
 
-    def _identify(self, hello: Hello, authorization: str | None) -> Identity:
+    async def _identify(self, hello: Hello, authorization: str | None) -> Device:
         token = hello.token
         if token is None and authorization is not None:
             scheme, _, token = authorization.partition(" ")
@@ -143,26 +167,41 @@ class Door:
         if not token:
             raise _Refused(codes.NOT_AUTHENTICATED, "a token is missing: send it in the hello or as a bearer header")
         try:
-            return verify(self._hub.settings.token_key, token)
+            return await self._authenticator.identify(token)
+        except KeysUnavailable as error:
+            raise _Refused(codes.OVERLOADED, str(error), error.code) from None
+        except NotAuthenticated as error:
+            raise _Refused(codes.NOT_AUTHENTICATED, str(error)) from None
+        except NotAllowed as error:
+            raise _Refused(codes.NOT_ALLOWED, str(error)) from None
+
+    def _check_revoked(self, who: Device, device: str) -> None:
+        try:
+            self._authenticator.check(who, device)
         except NotAuthenticated as error:
             raise _Refused(codes.NOT_AUTHENTICATED, str(error)) from None
 
+    def _count(self, socket: Socket, user: str) -> None:
+        """From here on it is the user's account that a connection is on, and each costs something."""
+        now = self._hub.now()
+        socket.meter = self._hub.meters.of(user, now)
+        owed_s = socket.meter.frames(now, CONNECT_FRAMES)
+        if owed_s > 0:
+            message = f"more was sent than a user's devices may: come back in {owed_s:.0f} s, and send less"
+            raise _Refused(codes.TOO_MANY_REQUESTS, message, after_ms=int(owed_s * 1000))
+
     async def _join(
-        self, socket: Socket, user: str, device: str, window: int, since: Position | None
+        self, socket: Socket, who: Device, device: str, window: int, since: Position | None
     ) -> Session | None:
         """Take the device's session over, or start one. The newest socket of a device wins, at every await."""
         hub = self._hub
         while True:
             if not self.open or not socket.open:
                 return None
-            session = hub.find(user, device)
+            session = hub.find(who.user, device)
             if session is None:
-                if self._admission.full:
-                    after_ms = self._admission.come_back_ms()
-                    raise _Refused(codes.OVERLOADED, "too many devices come at a time", after_ms=after_ms)
-                if len(hub) >= hub.settings.max_sessions:
-                    raise _Refused(codes.OVERLOADED, f"this gateway has its {hub.settings.max_sessions} sessions")
-                session = hub.add(user, device)
+                self._check_room(who.user)
+                session = hub.add(who.user, device)
                 session.opening = hub.spawn(self._open(session, window, since))
             if session.suitor is not None:
                 session.suitor.dismiss(codes.REPLACED)
@@ -179,11 +218,34 @@ class Door:
                 break
             # It ended while we waited, or went to another gateway behind our back: begin anew.
             hub.end(session, keep_cursor=False)
-        self._attach(session, socket, since, plan if session.opening is not None else None, unread)
+        try:
+            # It may have been revoked since it came.
+            self._check_revoked(who, device)
+        except _Refused:
+            if session.identity is None:
+                # Made for this one, and nobody else came for it.
+                hub.end(session)
+            raise
+        expires_in = hub.admit(session, who)
+        self._attach(session, socket, since, plan if session.opening is not None else None, unread, expires_in)
         session.opening = None
         if session.window.size != window:
             hub.spawn_for(session, self._resize(session, window))
         return session
+
+    def _check_room(self, user: str) -> None:
+        """Refuse one more session where there is no place for it, now or at all."""
+        hub = self._hub
+        if self._admission.full:
+            after_ms = self._admission.come_back_ms()
+            raise _Refused(codes.OVERLOADED, "too many devices come at a time", after_ms=after_ms)
+        if len(hub) >= hub.settings.max_sessions:
+            raise _Refused(codes.OVERLOADED, f"this gateway has its {hub.settings.max_sessions} sessions")
+        if hub.overloaded:
+            raise _Refused(codes.OVERLOADED, "this gateway has all the memory that it may")
+        if not hub.make_room(user):
+            message = f"{hub.settings.devices_max} devices of this user are connected here"
+            raise _Refused(codes.TOO_MANY_DEVICES, message, after_ms=_CROWDED_MS)
 
     async def _open(self, session: Session, window: int, since: Position | None) -> Plan | StreamUnavailable:
         try:
@@ -228,6 +290,7 @@ class Door:
         since: Position | None,
         plan: Plan | None,
         unread: int | None,
+        expires_in: int,
     ) -> None:
         """The hand-over, in one turn of the loop: welcome, then what was missed, then what is live."""
         hub = self._hub
@@ -246,6 +309,7 @@ class Door:
                 unread=unread,
                 window=session.window.size,
                 heartbeat=hub.settings.heartbeat_s,
+                expires_in=expires_in,
             )
         )
         if plan is None:

@@ -203,14 +203,14 @@ class Feed:
         self._pull_left -= 1
         at = self._read = Position(self.head.incarnation, delivery.stream_sequence)
         try:
-            topic = subject.topic_of(where.decode())
+            topic = subject.topic_of(subject.readable(where))
             envelope = check(body)
         except (BadTopic, InvalidNotification) as error:
             # The inbox agent, which sees every message once, makes it a dead letter.
             log.debug("broadcast %d is skipped: %s", at.sequence, error)
         else:
             # Its topic is part of it: another one may have the same id, for other users.
-            if not self._hub.recent.is_copy(where.decode(), envelope.id, at):
+            if not self._hub.recent.is_copy(subject.readable(where), envelope.id, at):
                 self._queue.append(Shared(at, topic, body, delivery.stored_ns))
         if not self._turning:
             self._turning = True

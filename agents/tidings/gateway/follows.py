@@ -17,8 +17,8 @@ from weakref import WeakValueDictionary
 
 from tidings.runtime.backoff import Backoff
 from tidings.store.port import Cursor
-from tidings.wire import subject
-from tidings.wire.errors import StoreUnavailable, StreamUnavailable
+from tidings.stream import gateways
+from tidings.wire.errors import StoreUnavailable
 from tidings.wire.position import Position
 
 from .lane import Lane
@@ -31,7 +31,6 @@ __all__ = ["Follows"]
 
 _PAGE: Final = 500
 _AT_ONCE: Final = 32
-_ANSWER_S: Final = 0.5
 
 log = logging.getLogger("tidings.gateway")
 
@@ -103,20 +102,7 @@ class Follows:
         await self.reload(user)
         hub = self._hub
         elsewhere = {holder.gateway for holder in await hub.store.holders(user)} - {hub.gateway}
-        await asyncio.gather(*(self._ask(gateway, user) for gateway in elsewhere))
-
-    async def _ask(self, gateway: str, user: str) -> None:
-        connection = self._hub.connection
-        before = connection.reconnects
-        try:
-            await connection.ask(subject.gateway_topics(gateway), user.encode(), timeout_s=_ANSWER_S)
-        except StreamUnavailable as error:
-            # Was it asked? If we are who is cut off, it goes on, and knows nothing.
-            await connection.confirm(timeout_s=_ANSWER_S)
-            if connection.reconnects != before:
-                raise
-            # It was killed, stands still, or is cut off: it reads them before it hands out anything more.
-            log.info("gateway %s does not answer what %r follows: %s", gateway, user, error)
+        await gateways.reload(hub.connection, elsewhere, user)
 
     def asked(self, user: str, reply: str) -> None:
         """Another gateway changed what a user follows."""

@@ -17,21 +17,24 @@ from typing import Any
 
 import orjson
 
+from tidings.identity import Device
 from tidings.runtime.settings import Settings
 from tidings.store.inbox import UserInbox
 from tidings.store.port import CursorUpdate, Holder, Store
-from tidings.stream import consumers
+from tidings.stream import consumers, gateways
 from tidings.stream.connection import Connection
-from tidings.stream.topology import BROADCAST_PART, Topology
+from tidings.stream.floors import Floors
+from tidings.stream.topology import BROADCAST_PART, Topology, notify_stream
 from tidings.wire import codes, frames, subject
 from tidings.wire.codes import Close
 from tidings.wire.errors import StreamUnavailable
-from tidings.wire.position import Position
+from tidings.wire.position import BROADCAST, Position, plane_of
 
 from .deletions import Deletions
+from .expiry import Expiries
 from .feed import Feed
-from .floors import Floors
 from .follows import Follows
+from .meter import Limits, Meters
 from .recent import RecentIds
 from .session import Session, SessionState
 from .socket import Socket
@@ -80,8 +83,19 @@ class Hub:
             most=settings.max_sessions,
         )
         self.recent = RecentIds()
+        self.meters = Meters(
+            Limits(
+                settings.client_frames_per_s,
+                settings.client_frames_burst,
+                settings.client_bytes_per_s,
+                settings.client_bytes_burst,
+            )
+        )
+        self.overloaded = False
+        """The process has as much memory as it may: no new sessions."""
         self.feed = Feed(self)
         self.follows = Follows(self)
+        self.expiries = Expiries(settings.token_leeway_s)
         self.users: dict[str, list[Session]] = {}
         self.by_consumer: dict[bytes, Session] = {}
         self.by_id: dict[str, Session] = {}
@@ -118,6 +132,18 @@ class Hub:
 
     def __len__(self) -> int:
         return len(self.by_id)
+
+    def make_room(self, user: str) -> bool:
+        """Whether the user may have one more device here. One that only lingers makes room, the longest gone first:
+        its cursor is kept. One that is connected does not: who has a stolen token drives nobody out."""
+        sessions = self.users.get(user, [])
+        if len(sessions) < self.settings.devices_max:
+            return True
+        lingering = [session for session in sessions if session.state is SessionState.LINGERING]
+        if not lingering:
+            return False
+        self.end(min(lingering, key=lambda session: session.waiting_since))
+        return True
 
     def add(self, user: str, device: str) -> Session:
         """A new session, starting; the caller starts it."""
@@ -184,7 +210,7 @@ class Hub:
         session.receive(words[at + 3], words[at + 4], reply, body)
 
     def _on_status(self, where: bytes, header: bytes | None) -> None:
-        words = where.decode().split(".")
+        words = subject.readable(where).split(".")
         if len(words) != 4 or header is None or not words[3].isdigit():
             return
         if words[2] == "feed":
@@ -267,9 +293,15 @@ class Hub:
             self.spawn_for(session, self._bury(session, text, entry))
 
     async def _bury(self, session: Session, text: str, entry: Entry) -> None:
+        if plane_of(text) == BROADCAST:
+            origin = {"stream": notify_stream(BROADCAST_PART)}
+        else:
+            where = subject.part_user(session.token, session.partition)
+            origin = {"origin_subject": where, "stream": session.stream}
         try:
             await consumers.bury(
                 self.connection,
+                # A broadcast too: it is this user's letter, the others have theirs.
                 "user",
                 entry.body,
                 key=f"undelivered.{text}.{session.token}.{subject.escape(session.device, 'device id')}",
@@ -278,7 +310,9 @@ class Hub:
                 user=subject.escape(session.user),
                 device=subject.escape(session.device, "device id"),
                 position=text,
+                sequence=entry.position.sequence,
                 attempts=entry.attempts,
+                **origin,
             )
         except StreamUnavailable as error:
             # It stays under way; the next redelivery tries again.
@@ -291,6 +325,20 @@ class Hub:
                 session.burying.discard(text)
 
     # Coming and going
+
+    def admit(self, session: Session, who: Device) -> int:
+        """From now on this token is the session's; returns in how many seconds it ends."""
+        session.identity = who
+        self.expiries.add(session, who.expires)
+        return max(0, int(who.expires - time.time()))
+
+    def expire(self, session: Session) -> None:
+        """The token is over: the client goes, and its session waits for a new one as for any that has gone."""
+        socket = session.socket
+        if socket is not None:
+            self.detach(session, socket, linger=True)
+            farewell = frames.error(codes.NOT_AUTHENTICATED.name, "the token has expired: get a new one")
+            socket.dismiss(codes.NOT_AUTHENTICATED, farewell)
 
     def attach(self, session: Session, socket: Socket) -> None:
         """The session has a socket: it is live."""
@@ -334,6 +382,7 @@ class Hub:
         if session.consumer:
             self.by_consumer.pop(session.consumer.encode(), None)
             self.deletions.add(session.stream, session.consumer)
+        self.expiries.discard(session)
         self.replaying.discard(session)
         self.blind.discard(session)
         self.broken.pop(session, None)
@@ -376,9 +425,7 @@ class Hub:
         """Send frames to all live sessions of a user, here and on the other gateways that hold one."""
         self.tell_here(user, told, but=but)
         elsewhere = {holder.gateway for holder in await self.store.holders(user)} - {self.gateway}
-        message = orjson.dumps({"user": user, "frames": [frame.decode() for frame in told]})
-        for gateway in elsewhere:
-            self.connection.send(subject.gateway_user(gateway), message)
+        gateways.tell(self.connection, elsewhere, user, told)
 
     def tell_here(self, user: str, told: list[bytes], *, but: Session | None = None) -> None:
         for session in self.live(user):

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from itertools import islice
 
 from tidings.runtime.backoff import Backoff
+from tidings.runtime.memory import give_back, resident_bytes
 from tidings.store.port import Delivered, DeliveredMark
 from tidings.stream import consumers
 from tidings.wire import codes
@@ -24,6 +26,9 @@ __all__ = ["Keeper"]
 
 _SLICE = 500
 """Cursors of one write."""
+_LOOK_S = 1.0
+_SLOW_BYTES = 65_536
+"""Who leaves more than that unread while memory is short is closed."""
 
 log = logging.getLogger("tidings.gateway")
 
@@ -120,7 +125,7 @@ class Keeper:
     # Time
 
     async def keep_time(self) -> None:
-        """Heartbeats, lingering and what the inbox part of a catch-up still waits for, four times a second."""
+        """Four times a second: heartbeats, lingering, tokens that end, what the inbox part of a catch-up waits for."""
         hub = self._hub
         tick = min(0.25, hub.settings.heartbeat_s / 4, max(0.05, hub.settings.linger_s / 4))
         owed = look_at = 0.0
@@ -131,6 +136,8 @@ class Keeper:
                 since, session = hub.lingering.popleft()
                 if session.state is SessionState.LINGERING and session.waiting_since == since:
                     hub.end(session)
+            for session in hub.expiries.due(time.time()):
+                hub.expire(session)
             owed += len(hub.heartbeats) * tick / hub.settings.heartbeat_s
             while owed >= 1 and hub.heartbeats:
                 owed -= 1
@@ -159,6 +166,35 @@ class Keeper:
             socket.abort()
         else:
             socket.ping()
+
+    # Memory
+
+    async def watch_memory(self) -> None:
+        """While the process has more memory than it may: no new sessions, and who does not read is closed first."""
+        hub, most = self._hub, self._hub.settings.memory_max_bytes
+        while most:
+            used = resident_bytes()
+            if used is None:
+                log.warning("this system does not say how much memory a process has: memory_max_bytes has no effect")
+                return
+            if (used > most) != hub.overloaded:
+                hub.overloaded = used > most
+                log.warning("%d MB of %d MB are used: %s", used >> 20, most >> 20, _CONSEQUENCE[hub.overloaded])
+            if hub.overloaded:
+                self._close_slow(used - most)
+                give_back()
+            await asyncio.sleep(_LOOK_S)
+
+    def _close_slow(self, excess: int) -> None:
+        hub = self._hub
+        sessions = [(session.unread_bytes, session) for session in hub.by_id.values()]
+        slow = sorted((one for one in sessions if one[0] > _SLOW_BYTES), key=lambda one: one[0], reverse=True)
+        for size, session in slow:
+            if excess <= 0:
+                break
+            log.info("session %s leaves %d bytes unread while memory is short: closed", session.id, size)
+            hub.close_socket(session, codes.TOO_SLOW)
+            excess -= size
 
     # Consumers
 
@@ -233,6 +269,9 @@ class Keeper:
         log.warning("NATS node %s lost its consumers: %d sessions get new ones", node or "(alone)", len(gone))
         for session in gone:
             hub.lost(session)
+
+
+_CONSEQUENCE = {True: "no new sessions", False: "new sessions again"}
 
 
 def _mark(user: str, device: str, entry: Entry, at: float) -> DeliveredMark:

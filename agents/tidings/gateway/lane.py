@@ -130,21 +130,30 @@ class Lane:
 
     # From the device
 
-    def acknowledge(self, text: str) -> None:
-        entry = self.window.ack(text)
-        if entry is None and self.gap is not None and text == self.gap.text(BROADCAST):
-            self.gap = None
-            self.window.unpin()
+    def acknowledge(self, text: str) -> bool:
+        """The device has this one; returns whether it was under way."""
+        settled = self.window.ack(text) is not None
+        if not settled and self.gap is not None and text == self.gap.text(BROADCAST):
+            self._noted()
+            settled = True
         self.moved = True
         self.wake()
+        return settled
 
-    def acknowledge_upto(self, upto: Position) -> None:
+    def acknowledge_upto(self, upto: Position) -> int:
+        """The device has everything up to this one; returns how many were under way."""
+        settled = 0
         if self.gap is not None and upto >= self.gap:
-            self.gap = None
-            self.window.unpin()
-        self.window.ack_upto(upto)
+            self._noted()
+            settled = 1
+        settled += len(self.window.ack_upto(upto))
         self.moved = True
         self.wake()
+        return settled
+
+    def _noted(self) -> None:
+        self.gap = None
+        self.window.unpin()
 
     def cursor(self) -> Cursor:
         """What is to be remembered: with nothing under way, all that the feed has handed out."""

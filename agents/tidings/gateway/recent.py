@@ -32,3 +32,8 @@ class RecentIds:
             self._old, self._young = self._young, {}
         self._young[key] = position
         return False
+
+    def forget(self, session: str, id: str) -> None:
+        """The session was never rid of this one, and is to get it when it comes again, as a replayed dead letter."""
+        self._young.pop((session, id), None)
+        self._old.pop((session, id), None)

@@ -5,12 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from tidings.runtime.entitlement import Entitlement
+from tidings.identity.entitlement import TopicEntitlement
 from tidings.store.port import PageQuery
 from tidings.stream import consumers
 from tidings.stream.topology import BROADCAST_PART
 from tidings.wire import frames
-from tidings.wire.errors import BadPosition, StoreUnavailable, StreamUnavailable, TooManySubscriptions
+from tidings.wire.errors import (
+    BadPosition,
+    EntitlementUnavailable,
+    StoreUnavailable,
+    StreamUnavailable,
+    TooManySubscriptions,
+)
 from tidings.wire.frames import InboxQuery, Mark, Request, Subscribe, Subscriptions, Unsubscribe
 from tidings.wire.position import PERSONAL, Place, Plane, Position
 
@@ -26,9 +32,9 @@ log = logging.getLogger("tidings.gateway")
 class Requests:
     """Answers one request at a time for each call; the caller bounds how many are under way."""
 
-    def __init__(self, hub: Hub) -> None:
+    def __init__(self, hub: Hub, entitlement: TopicEntitlement) -> None:
         self._hub = hub
-        self._entitlement = Entitlement(hub.settings.subscribe_rules)
+        self._entitlement = entitlement
 
     async def answer(self, session: Session, socket: Socket, request: Request) -> None:
         """Do what is asked and answer on the socket that asked."""
@@ -52,13 +58,13 @@ class Requests:
             log.warning("a request of session %s was not answered: %s", session.id, error)
             code, message = StoreUnavailable.code, "the inbox does not answer now: ask again later"
             socket.send(frames.error(code, message, request.ref))
-        except (BadPosition, TooManySubscriptions) as error:
+        except (BadPosition, EntitlementUnavailable, TooManySubscriptions) as error:
             socket.send(frames.error(error.code, str(error), request.ref))
 
     async def _subscribe(self, session: Session, request: Subscribe) -> bytes:
         """All of them or none. Answered when they are in force: fan-out agents ask the store for each message, and
         every gateway that has a device of the user knows."""
-        refused = self._entitlement.refused(session.user, request.topics)
+        refused = await self._entitlement.refused(session.user, request.topics)
         if refused:
             return frames.error("not_allowed", f"{refused[0]!r} is not open to this user", request.ref)
         hub = self._hub
@@ -86,14 +92,7 @@ class Requests:
             query.before,
             query.after,
         )
-        return frames.page(
-            query.ref,
-            (
-                (item.position.text(plane), item.seen, item.read, item.archived, item.delivered, item.body)
-                for plane, item in page.items
-            ),
-            None if page.next is None else str(page.next),
-        )
+        return frames.page(query.ref, page.rows(), None if page.next is None else str(page.next))
 
     async def _mark(self, session: Session, socket: Socket, mark: Mark) -> None:
         inbox, user = self._hub.inbox, session.user

@@ -19,6 +19,7 @@ import enum
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from tidings.identity import Device
 from tidings.store.port import Cursor
 from tidings.stream import consumers
 from tidings.stream.topology import notify_stream
@@ -64,6 +65,7 @@ class Session:
         "gap",
         "hub",
         "id",
+        "identity",
         "incarnation",
         "lane",
         "live_stream",
@@ -94,6 +96,8 @@ class Session:
         self.prefix = str(Position(self.incarnation, 0))[:-1]
         self.state = SessionState.STARTING
         self.socket: Socket | None = None
+        self.identity: Device | None = None
+        """What the last client's token says; None before the first one."""
         self.window: Window
         self.lane: Lane | None = None
         """The broadcasts, of a user who follows something."""
@@ -129,6 +133,11 @@ class Session:
 
     def has_ended(self) -> bool:
         return self.state is SessionState.ENDED
+
+    @property
+    def unread_bytes(self) -> int:
+        """What waits for the client to read."""
+        return 0 if self.socket is None else self.socket.unread_bytes
 
     def go_live(self) -> None:
         """What the inbox had to give is sent: let the stream go on."""
@@ -296,32 +305,40 @@ class Session:
 
     # From the device
 
-    def acknowledge(self, texts: Iterable[str]) -> None:
-        """The device has these; what is not under way is ignored (it was acknowledged before)."""
+    def acknowledge(self, texts: Iterable[str]) -> int:
+        """The device has these; what is not under way (any more) is ignored. Returns how many were."""
+        settled = 0
         for text in texts:
             if self.lane is not None and text.startswith(BROADCAST):
-                self.lane.acknowledge(text)
+                settled += self.lane.acknowledge(text)
                 continue
             entry = self.window.ack(text)
             if entry is not None:
+                settled += 1
                 self.hub.delivered(self, entry)
                 self._settled(entry)
             elif self.gap is not None and self.gap[1] is not None and text == str(self.gap[1]):
+                settled += 1
                 self._noted()
         self.hub.cursor_moved(self)
+        return settled
 
-    def acknowledge_upto(self, upto: Place) -> None:
-        """The device has everything up to this place."""
+    def acknowledge_upto(self, upto: Place) -> int:
+        """The device has everything up to this place. Returns how many were under way."""
+        settled = 0
         if self.lane is not None and upto.broadcast is not None:
-            self.lane.acknowledge_upto(upto.broadcast)
+            settled += self.lane.acknowledge_upto(upto.broadcast)
         if upto.personal is None:
-            return
+            return settled
         if self.gap is not None and self.gap[1] is not None and upto.personal >= self.gap[1]:
+            settled += 1
             self._noted()
         for entry in self.window.ack_upto(upto.personal):
+            settled += 1
             self.hub.delivered(self, entry)
             self._settled(entry)
         self.hub.cursor_moved(self)
+        return settled
 
     def cursor(self) -> Cursor:
         """What is to be remembered of the device, in both planes."""
@@ -340,6 +357,7 @@ class Session:
             return
         entry = self.window.ack(text)
         if entry is not None:
+            self.hub.recent.forget(self.id, check(entry.body).id)
             self._settled(entry, b"+TERM")
             self.hub.cursor_moved(self)
 

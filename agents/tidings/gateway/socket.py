@@ -11,18 +11,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import struct
 from collections.abc import Callable
 from typing import Any, Final
 
-from aiohttp import WSCloseCode, WSMsgType, web
+from aiohttp import WSCloseCode, WSMessage, WSMsgType, web
 from aiohttp._websocket.reader import WebSocketDataQueue, WebSocketReader
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http_websocket import WebSocketWriter
+from aiohttp.web_protocol import RequestHandler
 
 from tidings.wire import codes
 from tidings.wire.codes import Close
-from tidings.wire.frames import SUBPROTOCOL, error
+from tidings.wire.frames import SUBPROTOCOL, bye, error
+
+from .meter import GRACE_S, Limits, Meter
 
 __all__ = ["Socket", "encode"]
 
@@ -30,6 +34,7 @@ _PING: Final = b"\x89\x00"
 _SMALL: Final = 126
 _MEDIUM: Final = 65_536
 _CLOSE_WAIT_S: Final = 2.0
+_SPREAD_MS: Final = 1000
 _QUEUE_BYTES: Final = 65_536
 _OURS: Final = {
     WSCloseCode.MESSAGE_TOO_BIG: codes.FRAME_TOO_LARGE,
@@ -38,6 +43,10 @@ _OURS: Final = {
     WSCloseCode.UNSUPPORTED_DATA: codes.BAD_FRAME,
 }
 """aiohttp's verdicts on a broken frame, as our catalogue says them."""
+_TOO_MANY: Final = WSMessage(WSMsgType.ERROR, None, codes.TOO_MANY_REQUESTS.name)
+"""What the reader says when it reads no more."""
+_GULP: Final = 1024
+"""Bytes of one client that are read in one turn of the loop: some 60 of the smallest frames, half a millisecond."""
 
 log = logging.getLogger("tidings.gateway")
 
@@ -46,15 +55,108 @@ class _Frames(WebSocketDataQueue):
     """aiohttp's queue of frames, which hands text frames to a function instead, as soon as there is one."""
 
     handle: Callable[[str], None] | None = None
+    whole = 0
+    """Frames that came whole."""
+    signals = 0
+    """Of these, pings and pongs that nobody has counted yet."""
 
     def feed_data(self, data: Any, size: int) -> None:
+        self.whole += 1
         if self.handle is not None and data.type is WSMsgType.TEXT:
             self.handle(data.data)
             return
-        if data.type is not WSMsgType.PING and data.type is not WSMsgType.PONG:
+        if data.type is WSMsgType.PING or data.type is WSMsgType.PONG:
+            self.signals += 1
+        else:
             # It ends the conversation: whatever text follows in the same segment is not heard.
             self.handle = None
         super().feed_data(data, size)
+
+
+class _Reader(WebSocketReader):
+    """aiohttp's parser of frames, which reads a little of each client in turn, and none of one that sends too much.
+
+    Counted here is what is no text frame: bytes, pings, pongs, and reads that bring only a piece of a frame.
+    """
+
+    def __init__(self, frames: _Frames, protocol: RequestHandler, frame_max_bytes: int, limits: Limits) -> None:
+        super().__init__(frames, frame_max_bytes, compress=False, decode_text=True)
+        self.meter = Meter(limits)
+        self._frames = frames
+        self._protocol = protocol
+        self._now = asyncio.get_running_loop().time
+        self._waiting = b""
+        """Read from the network, and not yet looked at."""
+        self._done = False
+
+    def feed_data(self, data: bytes | bytearray | memoryview) -> tuple[bool, bytes]:
+        if self._done:
+            return False, b""
+        if self._waiting:
+            # Nothing, where aiohttp goes on with what it put aside.
+            self._waiting += data
+            return False, b""
+        size = len(data)
+        if size and self.meter.bytes(self._now(), size) > 0:
+            self._refuse()
+            return False, b""
+        return self._take(data) if size > _GULP else self._read(data)
+
+    def feed_eof(self) -> None:
+        while self._waiting and not self._done:
+            data, self._waiting = self._waiting, b""
+            self._take(data)
+        self._done = True
+        super().feed_eof()
+
+    def _take(self, data: bytes | bytearray | memoryview) -> tuple[bool, bytes]:
+        """A little of it now, and the rest in the next turns of the loop."""
+        if len(data) > _GULP:
+            self._waiting = bytes(data[_GULP:])
+            self._set_reading(False)
+            asyncio.get_running_loop().call_soon(self._go_on)
+        return self._read(data[:_GULP])
+
+    def _read(self, data: bytes | bytearray | memoryview) -> tuple[bool, bytes]:
+        frames = self._frames
+        whole = frames.whole
+        answer = WebSocketReader.feed_data(self, data)
+        if frames.signals or (data and whole == frames.whole):
+            count = frames.signals + (whole == frames.whole)
+            frames.signals = 0
+            if self.meter.frames(self._now(), count) > GRACE_S:
+                self._refuse()
+        return answer
+
+    def _go_on(self) -> None:
+        if self._done or not self._waiting:
+            return
+        data, self._waiting = self._waiting, b""
+        ended, _ = self._take(data)
+        if ended:
+            self._done = True
+            self._protocol.close()
+        elif not self._waiting:
+            self._set_reading(True)
+
+    def _refuse(self) -> None:
+        if not self._done:
+            self.stop()
+            self._frames.feed_data(_TOO_MANY, 0)
+
+    def stop(self) -> None:
+        """Read nothing more: a flood is left to the kernel, which makes its sender wait."""
+        self._done, self._waiting = True, b""
+        self._set_reading(False)
+
+    def _set_reading(self, on: bool) -> None:
+        transport, paused = self._protocol.transport, self._protocol._reading_paused
+        if transport is None or transport.is_closing():
+            return
+        if not on:
+            transport.pause_reading()
+        elif not paused:
+            transport.resume_reading()
 
 
 def encode(payload: bytes) -> bytes:
@@ -73,6 +175,8 @@ class _Response(web.WebSocketResponse):
     """aiohttp's WebSocket, closing with our codes where the client broke the protocol."""
 
     frames: _Frames
+    reader: _Reader
+    limits: Limits
     dismissed = False
     """A close frame was sent already, by `Socket`."""
 
@@ -81,7 +185,7 @@ class _Response(web.WebSocketResponse):
         self._ws_protocol = protocol
         self._writer = writer
         self.frames = self._reader = _Frames(request.protocol, _QUEUE_BYTES, loop=asyncio.get_running_loop())
-        self._parser = WebSocketReader(self._reader, self._max_msg_size, compress=False, decode_text=True)
+        self._parser = self.reader = _Reader(self.frames, request.protocol, self._max_msg_size, self.limits)
         request.protocol.set_parser(self._parser)
         request.protocol.keep_alive(False)
 
@@ -106,6 +210,7 @@ class Socket:
         "_over",
         "_reading",
         "_response",
+        "_secured",
         "_transport",
         "heard",
         "may_return",
@@ -113,7 +218,7 @@ class Socket:
         "stalled",
     )
 
-    def __init__(self, frame_max_bytes: int, write_buffer_bytes: int) -> None:
+    def __init__(self, frame_max_bytes: int, write_buffer_bytes: int, limits: Limits) -> None:
         self._response = _Response(
             autoping=False,
             compress=False,
@@ -121,7 +226,9 @@ class Socket:
             max_msg_size=frame_max_bytes,
             timeout=_CLOSE_WAIT_S,
         )
+        self._response.limits = limits
         self._limit = write_buffer_bytes
+        self._secured = False
         self._transport: asyncio.WriteTransport | None = None
         self._drain: AbstractStreamWriter | None = None
         self._closing = False
@@ -144,9 +251,28 @@ class Socket:
         transport: Any = request.transport
         if transport is None:
             raise ConnectionResetError("the client left during the handshake")
+        if transport.get_extra_info("ssl_object") is not None:
+            # Below TLS is a second buffer, which takes over what waits above it and is not counted.
+            self._limit //= 2
+            self._secured = True
+            transport.set_read_buffer_limits(high=_QUEUE_BYTES)
         transport.set_write_buffer_limits(high=self._limit)
         self._transport = transport
         return self._response
+
+    @property
+    def meter(self) -> Meter:
+        """What this client has sent: first its own, and its user's when that is known."""
+        return self._response.reader.meter
+
+    @meter.setter
+    def meter(self, meter: Meter) -> None:
+        self._response.reader.meter = meter
+
+    @property
+    def unread_bytes(self) -> int:
+        """What waits here to be sent."""
+        return 0 if self._transport is None else self._transport.get_write_buffer_size()
 
     @property
     def open(self) -> bool:
@@ -205,6 +331,8 @@ class Socket:
                 elif message.type is WSMsgType.PING:
                     if self.open:
                         await self._response.pong(message.data)
+                elif message is _TOO_MANY:
+                    self.turn_away()
                 elif message.type is not WSMsgType.PONG:
                     if not self._closing and message.type is WSMsgType.CLOSE and message.data == codes.NORMAL.code:
                         self.may_return = False
@@ -266,11 +394,19 @@ class Socket:
             self._closing = self._response.dismissed = True
             self._ending = asyncio.ensure_future(self._see_off())
 
+    def turn_away(self) -> None:
+        """The client sent more than it may: say so, and when it may come back."""
+        owed_s = self.meter.owed_s(asyncio.get_running_loop().time())
+        text = f"more was sent than a user's devices may: come back in {owed_s:.0f} s, and send less"
+        self.send(error(codes.TOO_MANY_REQUESTS.name, text))
+        self.dismiss(codes.TOO_MANY_REQUESTS, bye(int(owed_s * 1000) + secrets.randbelow(_SPREAD_MS)))
+        self._response.reader.stop()
+
     async def gone(self) -> None:
         """Wait until a dismissal is through. A handler that returned before would close with a reason of its own."""
         if self._ending is not None:
             await asyncio.shield(self._ending)
-        elif self._transport is not None and self._transport.get_write_buffer_size():
+        elif self._transport is not None and (self._secured or self._transport.get_write_buffer_size()):
             # It waits for a client that has said goodbye to read the rest, and may do so for ever.
             asyncio.get_running_loop().call_later(_CLOSE_WAIT_S, self._transport.abort)
 

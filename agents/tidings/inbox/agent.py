@@ -21,6 +21,7 @@ import orjson
 from tidings.runtime.backoff import Backoff
 from tidings.runtime.service import Service
 from tidings.runtime.settings import Settings
+from tidings.schema import reader
 from tidings.store.port import InboxRow, Store
 from tidings.stream import consumers, topology
 from tidings.stream.connection import Connection, connect
@@ -35,7 +36,6 @@ from tidings.wire.errors import (
     StreamUnavailable,
     TidingsError,
 )
-from tidings.wire.notification import check
 from tidings.wire.position import Position
 
 from .broadcasts import BroadcastWriter
@@ -80,6 +80,7 @@ class InboxAgent(Service):
         super().__init__()
         self._settings = settings
         self._store = store
+        self._read = reader(settings)
         self._id = secrets.token_hex(4)
         self._connection: Connection
         self._topology: Topology
@@ -172,10 +173,10 @@ class InboxAgent(Service):
         delivery = consumers.parse_reply(reply)
         partition = int(words[1])
         try:
-            user = subject.unescape(words[3].decode())
-            envelope = check(body)
+            user = subject.unescape(subject.readable(words[3]))
+            envelope = self._read(body)
         except (InvalidNotification, BadSubject) as error:
-            self._poison.append(_Poison(where.decode(), body, reply, delivery, error.code, str(error)))
+            self._poison.append(_Poison(subject.readable(where), body, reply, delivery, error.code, str(error)))
         else:
             position = Position(self._topology.incarnations[partition], delivery.stream_sequence)
             self._rows.append(InboxRow(user, position, *envelope, delivery.stored_ns, body))

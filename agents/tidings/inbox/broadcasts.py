@@ -83,10 +83,10 @@ class BroadcastWriter:
         self._pull_left -= 1
         delivery = consumers.parse_reply(reply)
         try:
-            topic = subject.topic_of(where.decode())
+            topic = subject.topic_of(subject.readable(where))
             envelope = check(body)
         except (BadTopic, InvalidNotification) as error:
-            self._spawn(self._bury(where.decode(), body, reply, error.code, str(error)))
+            self._spawn(self._bury(subject.readable(where), body, reply, error.code, str(error)))
             return
         at = Position(self._incarnation(), delivery.stream_sequence)
         self._rows.append(Broadcast(topic, at, envelope.id, envelope.type, delivery.stored_ns, body))

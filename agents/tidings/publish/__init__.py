@@ -1,8 +1,16 @@
 """Publishing: the Python SDK for services that speak NATS."""
 
-from tidings.wire.errors import BadSubject, InvalidNotification, PublishRefused, PublishUnconfirmed, StreamUnavailable
+from tidings.schema import Schemas
+from tidings.wire.errors import (
+    BadSubject,
+    InvalidNotification,
+    PublishRefused,
+    PublishUnconfirmed,
+    SchemaViolation,
+    StreamUnavailable,
+)
 
-from .attempt import Event, Receipt
+from .attempt import Event, Ready, Receipt
 from .publisher import Publisher
 
 __all__ = [
@@ -12,6 +20,9 @@ __all__ = [
     "PublishRefused",
     "PublishUnconfirmed",
     "Publisher",
+    "Ready",
     "Receipt",
+    "SchemaViolation",
+    "Schemas",
     "StreamUnavailable",
 ]

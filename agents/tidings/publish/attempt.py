@@ -15,7 +15,7 @@ from tidings.stream.consumers import status_of
 from tidings.stream.topology import TOPICS, notify_stream
 from tidings.wire import subject
 
-__all__ = ["Attempt", "Event", "Receipt", "Verdict", "read_answer"]
+__all__ = ["Attempt", "Event", "Ready", "Receipt", "Verdict", "read_answer"]
 
 
 class Receipt(NamedTuple):
@@ -38,6 +38,17 @@ class Event(NamedTuple):
     time: datetime | None = None
     attributes: Mapping[str, Any] = MappingProxyType({})
     """CloudEvents extension attributes: ``topic``, ``collapsekey``, ``priority`` …"""
+
+
+class Ready(NamedTuple):
+    """One message of `Publisher.publish_ready`."""
+
+    where: str
+    """Its subject, of `tidings.wire.subject`."""
+    id: str
+    """Of its event."""
+    body: bytes
+    """A CloudEvent, checked."""
 
 
 class Verdict(NamedTuple):

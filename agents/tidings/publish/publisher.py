@@ -20,7 +20,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-import secrets
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Sequence
 from datetime import datetime
@@ -29,12 +28,13 @@ from typing import Any, Final, NamedTuple, Self
 
 from tidings.runtime.backoff import Backoff
 from tidings.runtime.settings import Settings
+from tidings.schema import Schemas
 from tidings.stream.connection import Connection, Subscription, connect
 from tidings.wire import subject
 from tidings.wire.errors import PublishRefused, PublishUnconfirmed, StreamUnavailable, TidingsError
 from tidings.wire.notification import build, check
 
-from .attempt import Attempt, Event, Receipt, Verdict, read_answer
+from .attempt import Attempt, Event, Ready, Receipt, Verdict, read_answer
 
 __all__ = ["Publisher"]
 
@@ -59,15 +59,24 @@ class Publisher:
     """Publishes to users. Safe to use from many tasks at a time.
 
     `nats` is a connection (which stays open), settings, or the address of a server. `timeout_s` bounds one
-    publish with all its retries.
+    publish with all its retries. With `schemas`, what the schema of its type forbids is refused before anything is
+    sent (`SchemaViolation`, an `InvalidNotification`).
     """
 
-    def __init__(self, nats: Connection | Settings | str, *, source: str = "tidings", timeout_s: float = 30.0) -> None:
+    def __init__(
+        self,
+        nats: Connection | Settings | str,
+        *,
+        source: str = "tidings",
+        timeout_s: float = 30.0,
+        schemas: Schemas | None = None,
+    ) -> None:
         self._given = nats
+        self._schemas = schemas
         self._source = source
         self._timeout_s = timeout_s
         self._connection: Connection | None = None
-        self._inbox = f"_INBOX.{secrets.token_hex(11)}."
+        self._inbox = ""
         self._waiting: dict[bytes, Attempt] = {}
         self._number = 0
         self._listening: Subscription | None = None
@@ -79,6 +88,8 @@ class Publisher:
         else:
             settings = Settings(nats_url=self._given) if isinstance(self._given, str) else self._given
             self._connection = await connect(settings, "tidings-publisher")
+        # Under the connection's own prefix: nothing else may be open to it.
+        self._inbox = f"{self._connection.new_inbox()}."
         try:
             self._listening = await self._connection.listen(f"{self._inbox}*", self._answered)
         except BaseException:
@@ -127,7 +138,7 @@ class Publisher:
         `PublishUnconfirmed` when nobody confirmed within `timeout_s`: then publish again with the same id.
         """
         where = subject.notify_user(user)
-        id, body = build(type=type, data=data, source=self._source, id=id, time=time, topic=topic, **attributes)
+        id, body = self._build(type=type, data=data, id=id, time=time, topic=topic, **attributes)
         return await self._confirmed(self._begin(where, id, body))
 
     async def publish_topic(
@@ -142,13 +153,14 @@ class Publisher:
     ) -> Receipt:
         """Publish to everybody who has subscribed to the topic; otherwise like `publish`. Raises `BadTopic` too."""
         where = subject.notify_topic(topic)
-        id, body = build(type=type, data=data, source=self._source, id=id, time=time, topic=topic, **attributes)
+        id, body = self._build(type=type, data=data, id=id, time=time, topic=topic, **attributes)
         return await self._confirmed(self._begin(where, id, body))
 
     async def publish_body(self, user: str, body: bytes) -> Receipt:
         """Publish a CloudEvent that is ready; otherwise like `publish`."""
         where = subject.notify_user(user)
-        return await self._confirmed(self._begin(where, check(body).id, body))
+        envelope = check(body) if self._schemas is None else self._schemas.check(body)
+        return await self._confirmed(self._begin(where, envelope.id, body))
 
     async def publish_copies(self, users: Sequence[str], id: str, body: bytes) -> None:
         """Publish one ready CloudEvent, whose id is given, to many users at once.
@@ -156,19 +168,27 @@ class Publisher:
         Returns when the log has all copies. When some were not confirmed it raises the first one's error, with all
         others settled: repeated, it adds nothing to those that are there.
         """
-        attempts = [self._begin(subject.notify_user(user), id, body) for user in users]
-        problem: TidingsError | None = None
+        for outcome in await self.publish_ready([Ready(subject.notify_user(user), id, body) for user in users]):
+            if isinstance(outcome, TidingsError):
+                raise outcome
+
+    async def publish_ready(self, messages: Sequence[Ready]) -> list[Receipt | TidingsError]:
+        """Publish messages that are ready, all at once; returns what became of each, in their order.
+
+        An error is one that `publish` raises for it. The caller bounds how many are under way.
+        """
+        attempts = [self._begin(*message) for message in messages]
+        outcomes: list[Receipt | TidingsError] = []
         try:
             for attempt in attempts:
                 try:
-                    await self._confirmed(attempt)
+                    outcomes.append(await self._confirmed(attempt))
                 except TidingsError as error:
-                    problem = problem or error
+                    outcomes.append(error)
         finally:
             for attempt in attempts:
                 self._waiting.pop(attempt.key, None)
-        if problem is not None:
-            raise problem
+        return outcomes
 
     async def publish_many(
         self,
@@ -250,20 +270,19 @@ class Publisher:
         """Send an event; its mistakes are kept for its turn."""
         try:
             where = subject.notify_user(event.user)
-            id, body = build(
-                type=event.type,
-                data=event.data,
-                source=self._source,
-                id=event.id,
-                time=event.time,
-                **event.attributes,
-            )
+            id, body = self._build(type=event.type, data=event.data, id=event.id, time=event.time, **event.attributes)
             attempt = self._begin(where, id, body)
         except TidingsError as error:
             return _Fed(event, error)
         return _Fed(event if event.id == id else event._replace(id=id), attempt)
 
     # One publish
+
+    def _build(self, **event: Any) -> tuple[str, bytes]:
+        id, body = build(source=self._source, **event)
+        if self._schemas is not None:
+            self._schemas.check(body)
+        return id, body
 
     def _begin(self, where: str, id: str, body: bytes) -> Attempt:
         """Send once, without waiting; `_confirmed` sees to the rest. Whatever begins here must end there."""

@@ -1,1 +1,1 @@
-"""What every agent needs to run: settings, a lifecycle, back-off, tokens, logging."""
+"""What every agent needs to run: settings, a lifecycle, back-off, logging."""

@@ -15,10 +15,15 @@ from tidings.wire.errors import BadSettings, BadTopic
 from tidings.wire.subject import escape
 from tidings.wire.topic import check_pattern, covers_all, meet
 
-__all__ = ["Entitlement"]
+__all__ = ["Entitlement", "is_own"]
 
 _EVERYTHING: Final = ">"
 _OWN: Final = "user.>"
+
+
+def is_own(user: str, pattern: str) -> bool:
+    """If a subscription is to what is the user's own, which nobody else decides on."""
+    return covers_all(f"user.{escape(user)}.>", pattern)
 
 
 class Entitlement:
@@ -37,9 +42,9 @@ class Entitlement:
 
     def may_subscribe(self, user: str, pattern: str) -> bool:
         """If the user may have this subscription, whole."""
-        own = escape(user)
-        if covers_all(f"user.{own}.>", pattern):
+        if is_own(user, pattern):
             return True
+        own = escape(user)
         if meet(_OWN, pattern):
             return False
         for allows, rule in self._rules:

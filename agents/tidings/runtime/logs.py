@@ -13,7 +13,7 @@ import sys
 import traceback
 from typing import Final, TextIO
 
-__all__ = ["OneLine", "set_up"]
+__all__ = ["OneLine", "flat", "set_up"]
 
 _LIBRARIES: Final = ("aiohttp", "asyncio", "nats", "websockets")
 
@@ -31,7 +31,7 @@ class OneLine(logging.Formatter):
         if error is not None:
             text = f"{text}: {_named(error)}"
         clock = self.formatTime(record, "%H:%M:%S")
-        line = f"{clock} {record.levelname.lower()} {record.name.removeprefix('tidings.')}: {_flat(text)}"
+        line = f"{clock} {record.levelname.lower()} {record.name.removeprefix('tidings.')}: {flat(text)}"
         if error is not None and self._tracebacks:
             line += "\n" + "".join(traceback.format_exception(error)).rstrip()
         return line
@@ -43,8 +43,8 @@ def _named(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}{place}"
 
 
-def _flat(text: str) -> str:
-    """Without line breaks and escape sequences: a publisher's strings must not write our log."""
+def flat(text: str) -> str:
+    """Without line breaks and escape sequences: a publisher's strings must not write our log, nor steer a terminal."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 import orjson
 
 from tidings.wire.errors import RowsRefused
-from tidings.wire.frames import MarkAs
+from tidings.wire.frames import MarkAs, Row
 from tidings.wire.position import BROADCAST, PERSONAL, Place, Plane, Position
 from tidings.wire.topic import patterns_of
 
@@ -56,6 +56,11 @@ class Page(NamedTuple):
 
     items: Sequence[tuple[Plane, InboxItem]]
     next: Place | None
+
+    def rows(self) -> Iterator[Row]:
+        """As `tidings.wire.frames` writes them."""
+        for plane, item in self.items:
+            yield item.position.text(plane), item.seen, item.read, item.archived, item.delivered, item.body
 
 
 class UserInbox:

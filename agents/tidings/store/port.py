@@ -18,6 +18,8 @@ from tidings.wire.frames import Filter, MarkAs
 from tidings.wire.position import Position
 
 __all__ = [
+    "ANONYMOUS",
+    "DEVICES_CAP",
     "MISSED_CAP",
     "UNREAD_CAP",
     "Broadcast",
@@ -44,6 +46,13 @@ UNREAD_CAP: Final = 100
 
 MISSED_CAP: Final = 10_000
 """`Store.missed` never counts further: 10,000 means as many, or more."""
+
+
+DEVICES_CAP: Final = 100
+"""A user's devices are remembered to this number; see `Store.claim`."""
+
+ANONYMOUS: Final = "session-"
+"""How the id of a device begins that gave none, and got one for as long as its session."""
 
 
 class InboxRow(NamedTuple):
@@ -264,7 +273,12 @@ class Store(Protocol):
         """Note first deliveries; a later one of the same notification changes nothing."""
 
     async def claim(self, user: str, device: str, holder: Holder, floor: Position) -> Claimed:
-        """Make `holder` the device's session, durably and atomically; `floor` is a first-ever device's cursor."""
+        """Make `holder` the device's session, durably and atomically; `floor` is a first-ever device's cursor.
+
+        Where the user has more than `DEVICES_CAP` devices then, some are forgotten: first those that nobody holds, of
+        these the anonymous ones, and of the same kind the one furthest behind, which is the one away for longest. Two
+        claims at once may exceed it by one.
+        """
 
     async def save(self, updates: Sequence[CursorUpdate]) -> list[Lost]:
         """Write cursors, each only where its holder still has the device; returns what was lost.

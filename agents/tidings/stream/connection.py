@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import ssl
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any, Final
 
@@ -20,10 +21,13 @@ from nats.aio.client import DEFAULT_BUFFER_SIZE, Client
 from nats.aio.subscription import Subscription
 from nats.protocol.parser import AWAITING_CONTROL_LINE, Parser
 
+from tidings.runtime.address import has_tls, shown
 from tidings.runtime.settings import Settings
+from tidings.runtime.tls import ClientTls
 from tidings.wire.errors import StreamUnavailable
+from tidings.wire.subject import replies
 
-from .credentials import check_credentials
+from .credentials import login
 
 __all__ = ["ApiError", "Connection", "Handler", "Subscription", "connect"]
 
@@ -31,6 +35,9 @@ Handler = Callable[[bytes, bytes, bytes | None, bytes], None]
 """Called with subject, reply subject (empty for none), raw headers (None for none) and payload."""
 
 _NEARLY_S: Final = 0.5
+
+_PERMISSIONS: Final = "permissions violation"
+_FORBIDDEN_AGAIN_S: Final = 5.0
 
 MAX_UNSENT_BYTES: Final = 64 * 1024 * 1024
 """A server that reads so slowly is as good as gone: the connection is made anew."""
@@ -101,6 +108,10 @@ class Connection(Client):
         self.handlers: dict[bytes, Handler] = {}
         self._kick: asyncio.Handle | None = None
         self.request_timeout_s = 5.0
+        self._forbidden = ""
+        self._warn_from = 0.0
+        self.tls: ClientTls | None = None
+        """Whether the server must have TLS, and what its certificate is checked against."""
         self.api_turns = asyncio.Semaphore(64)
         """Bounds the requests under way at JetStream's API, which drops its whole queue when 10,000 wait in it."""
         self.gulp_s = 0.0
@@ -114,9 +125,38 @@ class Connection(Client):
         return subscription
 
     @property
+    def ssl_context(self) -> ssl.SSLContext:
+        """nats-py asks at each connect: renewed files are used from the next one on."""
+        if self.tls is None:
+            return super().ssl_context
+        return self.tls.context()
+
+    async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
+        # nats-py takes TLS where the server asks for it. One that does not, or somebody in between who says that it
+        # does not, would be sent the credentials in the clear.
+        if initial_connection and self.tls is not None and not info.get("tls_required"):
+            raise nats.errors.Error("the server has no TLS, and the settings want it")
+        await super()._process_info(info, initial_connection)
+
+    @property
     def reconnects(self) -> int:
         """How often the connection broke and was made anew: the same before and after means that it held."""
         return self.stats["reconnects"]
+
+    def forbidden(self, said: str) -> None:
+        """The server refuses a publish or a subscription, and answers nobody: say so, some times a minute at most."""
+        self._forbidden = said.lower()
+        now = asyncio.get_running_loop().time()
+        if now >= self._warn_from:
+            self._warn_from = now + _FORBIDDEN_AGAIN_S
+            log.warning("these NATS credentials do not allow what is needed: %s", said)
+
+    def _why(self, where: str, error: Exception) -> str:
+        """Why a request had no answer, as far as it is known. The server says subjects in lower case."""
+        own = self._inbox_prefix.decode().lower()
+        if f'publish to "{where.lower()}"' in self._forbidden or f'subscription to "{own}.' in self._forbidden:
+            return "the NATS credentials do not allow it. Are they those of another program (nats_credentials)?"
+        return str(error) or type(error).__name__
 
     async def confirm(self, timeout_s: float = 10) -> None:
         """Return when the server has what was sent; raises `StreamUnavailable`."""
@@ -254,7 +294,7 @@ class Connection(Client):
         except nats.errors.NoRespondersError:
             raise StreamUnavailable(f"nobody answers on {subject}: is JetStream enabled there?") from None
         except (nats.errors.Error, TimeoutError) as error:
-            raise StreamUnavailable(f"no answer on {subject}: {str(error) or type(error).__name__}") from error
+            raise StreamUnavailable(f"no answer on {subject}: {self._why(subject, error)}") from error
         return message.data
 
     async def store(self, subject: str, payload: bytes, headers: dict[str, str] | None = None) -> dict[str, Any]:
@@ -267,7 +307,7 @@ class Connection(Client):
         except nats.errors.NoRespondersError:
             raise StreamUnavailable(f"no stream stores {subject}") from None
         except (nats.errors.Error, TimeoutError) as error:
-            raise StreamUnavailable(f"{subject} was not confirmed: {str(error) or type(error).__name__}") from error
+            raise StreamUnavailable(f"{subject} was not confirmed: {self._why(subject, error)}") from error
         answer: dict[str, Any] = orjson.loads(message.data)
         if "error" in answer:
             raise ApiError(f"the message on {subject}", answer["error"])
@@ -298,20 +338,24 @@ async def connect(
 ) -> Connection:
     """Connect, or raise `StreamUnavailable`, or `BadSettings` for credentials that are none.
 
-    `lost` and `found` are called at each break and reconnect.
+    `lost` and `found` are called at each break and reconnect. With a ``tls://`` address or `nats_ca` no server without
+    TLS is spoken to.
     """
-    options: dict[str, Any] = {"reconnect_time_wait": 0.2}
+    options: dict[str, Any] = {"reconnect_time_wait": 0.2, "inbox_prefix": replies(name)}
     if settings.nats_credentials:
-        check_credentials(settings.nats_credentials)
-        options["user_credentials"] = settings.nats_credentials
+        options |= login(settings.nats_credentials)
     connection = Connection()
+    connection.tls = _tls(settings)
     connection.request_timeout_s = settings.request_timeout_s
     connection.api_turns = asyncio.Semaphore(settings.api_requests)
     problems: list[Exception] = []
 
     async def problem(error: Exception) -> None:
         problems[:] = [error]
-        log.debug("nats: %s", error or type(error).__name__)
+        if _PERMISSIONS in str(error).lower():
+            connection.forbidden(str(error))
+        else:
+            log.debug("nats: %s", error or type(error).__name__)
 
     try:
         async with asyncio.timeout(settings.request_timeout_s):
@@ -332,7 +376,7 @@ async def connect(
         await connection.close()
         reason = problems[0] if problems else error
         raise StreamUnavailable(
-            f"no connection to NATS at {settings.nats_url}: {str(reason) or type(reason).__name__}. "
+            f"no connection to NATS at {shown(settings.nats_url)}: {_reason(reason)}. "
             "Is nats-server running there, and are the credentials right?"
         ) from None
     except BaseException:
@@ -340,3 +384,17 @@ async def connect(
         await asyncio.shield(connection.close())
         raise
     return connection
+
+
+def _tls(settings: Settings) -> ClientTls | None:
+    """What the servers are checked against; None where TLS is for them to ask for."""
+    if not settings.nats_ca and not settings.nats_certificate and not has_tls(settings.nats_url):
+        return None
+    names = ("nats_ca", "nats_certificate", "nats_key")
+    return ClientTls(settings.nats_ca, settings.nats_certificate, settings.nats_key, names=names)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is refused ({error.verify_message}): does nats_ca (TIDINGS_NATS_CA) name its CA?"
+    return str(error) or type(error).__name__

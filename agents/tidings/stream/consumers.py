@@ -25,6 +25,7 @@ __all__ = [
     "create_feed",
     "create_session",
     "delete",
+    "direct_get_status",
     "inbox_floor",
     "last_sequence",
     "leader",
@@ -38,6 +39,7 @@ __all__ = [
 
 _NANOSECONDS: Final = 1_000_000_000
 _V1_TOKENS: Final = 9
+_STORED: Final = b"\r\nNats-Sequence: "
 NOT_FOUND: Final = 404
 
 
@@ -70,6 +72,11 @@ def status_of(header: bytes) -> tuple[int, bytes]:
     """Status and description of a message without a body: ``NATS/1.0 408 Request Timeout``."""
     line = header[9 : header.find(b"\r\n")]
     return (int(line[:3]), line[4:]) if line[:3].isdigit() else (0, b"")
+
+
+def direct_get_status(header: bytes) -> int:
+    """What ends the answer to a Direct Get; 0 for a message of the stream, whatever status its sender gave it."""
+    return 0 if _STORED in header else status_of(header)[0]
 
 
 async def create_session(

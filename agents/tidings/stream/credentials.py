@@ -1,7 +1,7 @@
-"""A NATS credentials file, looked at before it is used.
+"""What a program signs in to NATS with: a credentials file, or the seed of an nkey, looked at before it is used.
 
 nats-py reads it in the middle of the handshake: a file that is missing looks like a server that is, and in one
-without its two parts it looks for them for ever.
+without its parts it looks for them for ever.
 """
 
 from __future__ import annotations
@@ -11,26 +11,33 @@ from typing import Final
 
 from tidings.wire.errors import BadSettings
 
-__all__ = ["check_credentials"]
+__all__ = ["login"]
 
 _JWT: Final = b"BEGIN NATS USER JWT"
 _SEED: Final = b"BEGIN USER NKEY SEED"
+_USER_SEED: Final = b"SU"
+"""How the seed of a user's nkey begins."""
 
 
-def check_credentials(path: str) -> None:
-    """Raise `BadSettings` unless the file can be read, has a user's JWT and seed, and there is what signs with it."""
+def login(path: str) -> dict[str, str]:
+    """The options of nats-py that sign in with a file: a user's JWT and seed, or a user's nkey seed alone.
+
+    Raises `BadSettings` unless the file can be read, has either, and there is what signs with it.
+    """
     file = Path(path).absolute()
     try:
         # As nats-py does: what another end of line leaves on a line is part of it.
-        lines = file.read_bytes().split(b"\n")
+        content = file.read_bytes()
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise BadSettings(
             f"the NATS credentials file {file} cannot be read: {reason}. Set nats_credentials "
             "(TIDINGS_NATS_CREDENTIALS) to one that this user may read, or to nothing for none"
         ) from None
-    seed = _after(lines, _SEED)
-    if not _after(lines, _JWT) or not seed:
+    lines = content.split(b"\n")
+    alone = content.strip().startswith(_USER_SEED)
+    seed = content.strip() if alone else _after(lines, _SEED)
+    if not seed or not (alone or _after(lines, _JWT)):
         raise _no_credentials(file)
     try:
         import nkeys
@@ -43,6 +50,7 @@ def check_credentials(path: str) -> None:
         nkeys.from_seed(bytearray(seed)).wipe()
     except (nkeys.NkeysError, ValueError):
         raise _no_credentials(file) from None
+    return {"nkeys_seed" if alone else "user_credentials": path}
 
 
 def _after(lines: list[bytes], title: bytes) -> bytes:
@@ -54,5 +62,6 @@ def _after(lines: list[bytes], title: bytes) -> bytes:
 def _no_credentials(file: Path) -> BadSettings:
     return BadSettings(
         f"the file {file}, which nats_credentials (TIDINGS_NATS_CREDENTIALS) names, is no NATS credentials file: "
-        "it must have a user's JWT and seed, as `nsc generate creds` writes them"
+        "it must have a user's JWT and seed, as `nsc generate creds` writes them, or a user's nkey seed alone, as "
+        "`tidings topology nats-config` writes it"
     )

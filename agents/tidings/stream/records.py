@@ -7,15 +7,14 @@ from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Any
 
-import orjson
-
 from tidings.wire import subject
 from tidings.wire.position import Position
 
-from . import consumers, topology
+from . import consumers, letters, topology
 from .connection import ApiError, Connection
 from .consumers import NOT_FOUND
-from .topology import BROADCAST_PART, DEAD, notify_stream
+from .letter import Filter, readable
+from .topology import BROADCAST_PART, notify_stream
 
 __all__ = ["broadcast_floor", "dead_of_user", "newest", "of_user", "purge", "purge_dead"]
 
@@ -69,37 +68,19 @@ async def of_user(connection: Connection, user: str) -> AsyncIterator[dict[str, 
             "pos": str(Position(incarnation, message["seq"])),
             "stored": message["time"],
             "until": until.isoformat(timespec="seconds").replace("+00:00", "Z") if max_age_s else None,
-            **_body(base64.b64decode(message.get("data", ""))),
+            **readable(base64.b64decode(message.get("data", ""))),
         }
-
-
-def _body(body: bytes) -> dict[str, Any]:
-    try:
-        return {"notification": orjson.loads(body)}
-    except orjson.JSONDecodeError:
-        return {"base64": base64.b64encode(body).decode()}
 
 
 async def dead_of_user(connection: Connection, user: str) -> AsyncIterator[dict[str, Any]]:
     """The user's dead letters, as JSON-ready objects. Reads all dead letters."""
-    async for letter, header in _dead(connection, user):
+    async for letter in letters.each(connection, Filter(user=user)):
         yield {
             "kind": "dead",
-            "stored": letter["time"],
-            "headers": {name: value for name, _, value in (line.partition(": ") for line in header) if value},
-            **_body(base64.b64decode(letter.get("data", ""))),
+            "stored": letter.stored,
+            "headers": letter.headers,
+            **readable(letter.body),
         }
-
-
-async def _dead(connection: Connection, user: str) -> AsyncIterator[tuple[dict[str, Any], list[str]]]:
-    """The user's dead letters, each with the lines of its header."""
-    _, _, where = await _place(connection, user)
-    # The inbox agent's letters name the subject, a gateway's name the user.
-    named = {f"Tidings-Origin-Subject: {where}", f"Tidings-User: {subject.escape(user)}"}
-    async for letter in _messages(connection, DEAD, "dead.>"):
-        header = base64.b64decode(letter.get("hdrs", "")).decode("latin-1").split("\r\n")
-        if not named.isdisjoint(header):
-            yield letter, header
 
 
 async def purge(connection: Connection, user: str) -> int:
@@ -113,7 +94,6 @@ async def purge(connection: Connection, user: str) -> int:
 async def purge_dead(connection: Connection, user: str) -> int:
     """Delete the dead letters that were the user's; returns how many. Reads all dead letters."""
     gone = 0
-    async for letter, _ in _dead(connection, user):
-        await connection.api(f"STREAM.MSG.DELETE.{DEAD}", {"seq": letter["seq"]})
-        gone += 1
+    async for letter in letters.each(connection, Filter(user=user)):
+        gone += await letters.discard(connection, letter.sequence)
     return gone

@@ -28,7 +28,7 @@ import time
 from asyncio.subprocess import Process
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import orjson
 
@@ -38,7 +38,7 @@ from tidings.wire.errors import StartFailed
 
 from . import topology
 
-__all__ = ["BINARY_VARIABLE", "NatsServer", "find_binary"]
+__all__ = ["BINARY_VARIABLE", "NatsServer", "NatsTls", "find_binary"]
 
 BINARY_VARIABLE: Final = "TIDINGS_NATS_SERVER"
 """Environment variable: the nats-server to run instead of the bundled one."""
@@ -85,6 +85,18 @@ def find_binary(environment: Mapping[str, str] | None = None) -> Path:
     return Path(found).absolute()
 
 
+class NatsTls(NamedTuple):
+    """With what the server serves TLS, and whether clients must have a certificate of the CA as well."""
+
+    certificate: Path
+    key: Path
+    ca: Path | None = None
+
+    def configuration(self) -> dict[str, Any]:
+        files = {"cert_file": str(self.certificate), "key_file": str(self.key)}
+        return files if self.ca is None else {**files, "ca_file": str(self.ca), "verify": True}
+
+
 class NatsServer(Service):
     """A nats-server child with JetStream in a folder of its own. Port 0 takes any free one, and keeps it.
 
@@ -102,6 +114,7 @@ class NatsServer(Service):
         partitions: int = 16,
         monitor_port: int | None = None,
         max_file_bytes: int = 16 * 1024**3,
+        tls: NatsTls | None = None,
     ) -> None:
         super().__init__()
         self.folder = folder.absolute()
@@ -111,6 +124,7 @@ class NatsServer(Service):
         self._partitions = partitions
         self._monitor_port = monitor_port
         self._max_file_bytes = max_file_bytes
+        self._tls = tls
         self._binary = Path()
         self._process: Process | None = None
         self._answering = asyncio.Event()
@@ -121,7 +135,7 @@ class NatsServer(Service):
 
     @property
     def url(self) -> str:
-        return f"nats://{_bracketed(self.host)}:{self.port}"
+        return f"{'nats' if self._tls is None else 'tls'}://{_bracketed(self.host)}:{self.port}"
 
     @property
     def pid(self) -> int | None:
@@ -133,6 +147,11 @@ class NatsServer(Service):
         self._answering.clear()
         if self._process is not None and self._process.returncode is None:
             self._process.kill()
+
+    def reload(self) -> None:
+        """SIGHUP: read renewed certificates. Connections that are open keep theirs."""
+        if self._process is not None and self._process.returncode is None:
+            self._process.send_signal(signal.SIGHUP)
 
     async def answering(self) -> None:
         """Wait until the server answers: at once, or when it was started again."""
@@ -257,6 +276,7 @@ class NatsServer(Service):
             "write_deadline": "10s",
             "lame_duck_duration": "30s",
             "lame_duck_grace_period": "1s",
+            **({} if self._tls is None else {"tls": self._tls.configuration()}),
             "mappings": {source: destination},
             "jetstream": {
                 "store_dir": str(self.store_dir),

@@ -6,6 +6,8 @@
 | ``TOPICS`` | ``notify.topic.>``: what services publish to topics | ``fanout`` |
 | ``BROADCAST`` | ``broadcast.>``: what goes to a topic's many subscribers as one message | ``inbox`` |
 | ``DECISIONS`` | ``decided``: which topic messages go out as copies, and which as a broadcast | |
+| ``KEYS`` | ``claimed``: which request each idempotency key of the HTTP api came with first | |
+| ``REVOCATIONS`` | ``revoked.>``: whose tokens count no more, the last word on each | |
 | ``DEAD`` | ``dead.>``: what could not be understood or delivered | |
 
 The mapping is the server's configuration (an account's, in production); `probe_mapping` finds out whether it is
@@ -37,13 +39,18 @@ __all__ = [
     "DEAD",
     "DECISIONS",
     "FANOUT",
+    "HEADER_ROOM",
     "INBOX",
+    "KEYS",
+    "REVOCATIONS",
+    "SHARED",
     "TOPICS",
     "Change",
     "Topology",
     "apply",
     "check_topics",
     "discover",
+    "is_partition",
     "mapping",
     "notify_stream",
     "plan",
@@ -57,15 +64,21 @@ BROADCAST: Final = "BROADCAST"
 BROADCAST_PART: Final = -1
 """Stands for `BROADCAST` where others are numbers of partitions."""
 DECISIONS: Final = "DECISIONS"
+KEYS: Final = "KEYS"
+REVOCATIONS: Final = "REVOCATIONS"
 INBOX: Final = "inbox"
 """The inbox agents' durable consumer, one a partition."""
 FANOUT: Final = "fanout"
 """The fan-out agents' durable consumer, on `TOPICS`."""
 
-_SHARED: Final = (TOPICS, BROADCAST, DECISIONS, DEAD)
+SHARED: Final = (TOPICS, DECISIONS, KEYS, BROADCAST, REVOCATIONS, DEAD)
+"""All streams but those of the partitions."""
 _PARTITIONS: Final = "tidings_partitions"
 _INCARNATION: Final = "tidings_incarnation"
-_HEADER_ROOM: Final = 4096
+HEADER_ROOM: Final = 4096
+"""What a notification may have beside its body, in bytes."""
+_MAX_REVOCATIONS: Final = 1_000_000
+_REVOCATIONS_SPARE_S: Final = 3600
 _NOT_FOUND: Final = 404
 _NAME_IN_USE: Final = 10058
 
@@ -77,7 +90,8 @@ def notify_stream(partition: int) -> str:
     return f"NOTIFY_{partition}" if partition >= 0 else BROADCAST
 
 
-def _is_partition(stream: str) -> bool:
+def is_partition(stream: str) -> bool:
+    """Whether a stream is one of the personal plane."""
     return stream.startswith("NOTIFY_")
 
 
@@ -180,7 +194,7 @@ async def plan(connection: Connection, settings: Settings) -> list[Change]:
     found = await _streams(connection)
     changes: list[Change] = []
     count = sum(name.startswith("NOTIFY_") for name in found)
-    known = {info["config"].get("metadata", {}).get(_PARTITIONS) for name, info in found.items() if _is_partition(name)}
+    known = {info["config"].get("metadata", {}).get(_PARTITIONS) for name, info in found.items() if is_partition(name)}
     if count and known != {str(settings.partitions)}:
         made_for = ", ".join(sorted(map(str, known)))
         raise TopologyMismatch(
@@ -189,7 +203,8 @@ async def plan(connection: Connection, settings: Settings) -> list[Change]:
             + (f" Set TIDINGS_PARTITIONS={made_for}" if made_for.isdecimal() else "")
         )
     partitions = (_notify(settings, number) for number in range(settings.partitions))
-    for config in (*partitions, _topics(settings), _broadcast(settings), _decisions(settings), _dead(settings)):
+    shared = (make(settings) for make in (_topics, _broadcast, _decisions, _keys, _revocations, _dead))
+    for config in (*partitions, *shared):
         changes.extend(_stream_change(config, found.get(config["name"])))
     for number in (*range(settings.partitions), BROADCAST_PART):
         stream = notify_stream(number)
@@ -226,7 +241,7 @@ def _notify(settings: Settings, number: int) -> dict[str, Any]:
         "discard": "new",
         "max_age": settings.stream_max_age_s * 1_000_000_000,
         "max_bytes": settings.stream_max_bytes,
-        "max_msg_size": MAX_BODY_BYTES + _HEADER_ROOM,
+        "max_msg_size": MAX_BODY_BYTES + HEADER_ROOM,
         "max_consumers": settings.stream_max_consumers,
         "duplicate_window": min(settings.duplicate_window_s, settings.stream_max_age_s) * 1_000_000_000,
         "allow_direct": True,
@@ -245,7 +260,7 @@ def _topics(settings: Settings) -> dict[str, Any]:
         "discard": "new",
         "max_age": settings.stream_max_age_s * 1_000_000_000,
         "max_bytes": settings.stream_max_bytes,
-        "max_msg_size": MAX_BODY_BYTES + _HEADER_ROOM,
+        "max_msg_size": MAX_BODY_BYTES + HEADER_ROOM,
         "max_consumers": settings.stream_max_consumers,
         "duplicate_window": min(settings.duplicate_window_s, settings.stream_max_age_s) * 1_000_000_000,
         "allow_direct": True,
@@ -276,6 +291,37 @@ def _decisions(settings: Settings) -> dict[str, Any]:
     }
 
 
+def _keys(settings: Settings) -> dict[str, Any]:
+    return {
+        **_decisions(settings),
+        "name": KEYS,
+        "description": "Tidings: what each idempotency key of the HTTP api stands for",
+        "subjects": [subject.CLAIMED],
+    }
+
+
+def _revocations(settings: Settings) -> dict[str, Any]:
+    kept_s = int(settings.token_ttl_max_s + 2 * settings.token_leeway_s) + _REVOCATIONS_SPARE_S
+    return {
+        "name": REVOCATIONS,
+        "description": "Tidings: whose tokens count no more, kept longer than any token lives",
+        "subjects": [subject.REVOKED_WILDCARD],
+        "storage": "file",
+        "num_replicas": settings.replicas,
+        "retention": "limits",
+        # The last one of a user, or of a device, is the one that counts. A full stream refuses.
+        "max_msgs_per_subject": 1,
+        "discard": "new",
+        "max_age": kept_s * 1_000_000_000,
+        "max_msgs": _MAX_REVOCATIONS,
+        "max_msg_size": HEADER_ROOM,
+        "max_consumers": settings.stream_max_consumers,
+        "duplicate_window": settings.duplicate_window_s * 1_000_000_000,
+        "allow_direct": True,
+        "metadata": {},
+    }
+
+
 def _dead(settings: Settings) -> dict[str, Any]:
     return {
         "name": DEAD,
@@ -287,7 +333,7 @@ def _dead(settings: Settings) -> dict[str, Any]:
         "discard": "new",
         "max_age": settings.dead_max_age_s * 1_000_000_000,
         "max_bytes": -1,
-        "max_msg_size": MAX_BODY_BYTES + 4 * _HEADER_ROOM,
+        "max_msg_size": MAX_BODY_BYTES + 4 * HEADER_ROOM,
         "max_consumers": settings.stream_max_consumers,
         "duplicate_window": settings.duplicate_window_s * 1_000_000_000,
         "allow_direct": True,
@@ -360,7 +406,7 @@ async def _streams(connection: Connection) -> dict[str, dict[str, Any]]:
         streams = answer.get("streams") or []
         found.update((info["config"]["name"], info) for info in streams)
         if not streams or len(found) >= answer.get("total", 0):
-            return {name: info for name, info in found.items() if name in _SHARED or _is_partition(name)}
+            return {name: info for name, info in found.items() if name in SHARED or is_partition(name)}
 
 
 async def probe_mapping(connection: Connection, partitions: int, *, timeout_s: float = 2.0) -> None:

@@ -11,17 +11,25 @@ from collections.abc import Mapping
 
 __all__ = [
     "BadFrame",
+    "BadKeys",
     "BadPosition",
+    "BadScope",
     "BadSettings",
     "BadSubject",
     "BadTopic",
     "ConnectionLost",
+    "EntitlementUnavailable",
     "InvalidNotification",
+    "KeysUnavailable",
+    "NoSuchLetter",
+    "NotAllowed",
     "NotAuthenticated",
     "PublishRefused",
     "PublishUnconfirmed",
+    "ReplayRefused",
     "RequestRefused",
     "RowsRefused",
+    "SchemaViolation",
     "SessionClosed",
     "StartFailed",
     "StoreUnavailable",
@@ -78,15 +86,59 @@ class BadFrame(TidingsError):
 
 
 class InvalidNotification(TidingsError):
-    """A body that is no CloudEvents 1.0 event as Tidings carries it."""
+    """A body that is no CloudEvents 1.0 event as Tidings carries it; `pointer` (RFC 6901) is where."""
 
     code = "invalid_notification"
+
+    def __init__(self, message: str, pointer: str = "") -> None:
+        super().__init__(message)
+        self.pointer = pointer
+
+
+class SchemaViolation(InvalidNotification):
+    """An event that the schema of its type forbids; `pointer` (RFC 6901) says where."""
+
+    code = "schema_violation"
+
+    def __init__(self, pointer: str, problem: str) -> None:
+        super().__init__(f"{f'`{pointer[:200]}`' if pointer else 'the event'}: {problem}")
+        self.pointer = pointer
 
 
 class NotAuthenticated(TidingsError):
     """A token that is missing, expired, forged, or for somebody else."""
 
     code = "not_authenticated"
+
+
+class NotAllowed(TidingsError):
+    """Whoever asks is known, and may not do this."""
+
+    code = "not_allowed"
+
+
+class KeysUnavailable(NotAuthenticated):
+    """The keys that verify tokens could not be read yet: the same token may be good later."""
+
+    code = "keys_unavailable"
+
+
+class BadKeys(TidingsError):
+    """A document of keys that cannot be used; the message never repeats any of it."""
+
+    code = "bad_keys"
+
+
+class BadScope(TidingsError):
+    """A scope that Tidings does not know."""
+
+    code = "bad_scope"
+
+
+class EntitlementUnavailable(TidingsError):
+    """Whoever decides who may subscribe to what did not answer; what was asked may be asked again."""
+
+    code = "entitlement_unavailable"
 
 
 class StreamUnavailable(TidingsError):
@@ -133,6 +185,18 @@ class PublishUnconfirmed(TidingsError):
     """No confirmation in time: it may be stored or not. Publish again with the same id."""
 
     code = "publish_unconfirmed"
+
+
+class NoSuchLetter(TidingsError):
+    """No dead letter has this id: it was replayed or dropped, is past its age, or never was."""
+
+    code = "no_such_letter"
+
+
+class ReplayRefused(TidingsError):
+    """A dead letter that would come back at once, or whose origin names nobody; it is kept."""
+
+    code = "replay_refused"
 
 
 class ConnectionLost(TidingsError):

@@ -22,6 +22,7 @@ __all__ = [
     "MARKS",
     "MAX_PAGE",
     "MAX_POSITIONS",
+    "MAX_TOKEN",
     "MAX_TOPICS",
     "SUBPROTOCOL",
     "Ack",
@@ -33,7 +34,9 @@ __all__ = [
     "Mark",
     "MarkAs",
     "Ping",
+    "Renewal",
     "Request",
+    "Row",
     "Subscribe",
     "Subscriptions",
     "Unsubscribe",
@@ -46,6 +49,7 @@ __all__ = [
     "notifications",
     "ok",
     "page",
+    "page_members",
     "pong",
     "state",
     "welcome",
@@ -56,6 +60,9 @@ MAX_POSITIONS: Final = 1000
 """Most positions that one ``ack`` or ``mark`` may list."""
 MAX_PAGE: Final = 200
 """Most rows of one inbox page."""
+
+MAX_TOKEN: Final = 8192
+"""Most characters of a token."""
 
 MAX_TOPICS: Final = 500
 """Most topics of one ``sub`` or ``unsub``, and of one answer to ``subs``."""
@@ -128,10 +135,17 @@ class Ping(NamedTuple):
     ref: Ref
 
 
+class Renewal(NamedTuple):
+    """A newer token, for the same user and device."""
+
+    ref: Ref
+    token: str
+
+
 Request = InboxQuery | Mark | Count | Subscribe | Unsubscribe | Subscriptions
 """What is answered by ``ok`` or ``error``."""
 
-ClientFrame = Hello | Ack | Ping | Request
+ClientFrame = Hello | Ack | Ping | Renewal | Request
 
 
 def decode(text: str | bytes) -> ClientFrame:
@@ -191,7 +205,7 @@ def _listed(frame: dict[str, Any]) -> list[str]:
 
 def _hello(frame: dict[str, Any], ref: Ref) -> Hello:
     return Hello(
-        _text(frame, "token", 8192),
+        _text(frame, "token", MAX_TOKEN),
         _text(frame, "device", 200),
         _integer(frame, "window", 1, 1000),
         _text(frame, "since", 256),
@@ -262,6 +276,13 @@ def _subs(frame: dict[str, Any], ref: Ref) -> Subscriptions:
     return Subscriptions(ref, _text(frame, "after", MAX_TOPIC), _integer(frame, "limit", 1, MAX_TOPICS) or MAX_TOPICS)
 
 
+def _token(frame: dict[str, Any], ref: Ref) -> Renewal:
+    token = _text(frame, "token", MAX_TOKEN)
+    if token is None:
+        raise BadFrame("a `token` frame has the member `token`")
+    return Renewal(ref, token)
+
+
 def _ping(frame: dict[str, Any], ref: Ref) -> Ping:
     return Ping(ref)
 
@@ -275,6 +296,7 @@ _READERS: Final[dict[str, Callable[[dict[str, Any], Ref], ClientFrame]]] = {
     "sub": _sub,
     "unsub": _unsub,
     "subs": _subs,
+    "token": _token,
     "ping": _ping,
 }
 
@@ -290,9 +312,17 @@ def notifications(items: Iterable[bytes]) -> bytes:
 
 
 def welcome(
-    *, session: str, user: str, device: str, pos: str | None, unread: int | None, window: int, heartbeat: float
+    *,
+    session: str,
+    user: str,
+    device: str,
+    pos: str | None,
+    unread: int | None,
+    window: int,
+    heartbeat: float,
+    expires_in: int,
 ) -> bytes:
-    """`pos` and `unread` are None while the store does not answer."""
+    """`pos` and `unread` are None while the store does not answer; the token ends in `expires_in` seconds."""
     return orjson.dumps(
         {
             "t": "welcome",
@@ -303,6 +333,7 @@ def welcome(
             "unread": unread,
             "window": window,
             "heartbeat": heartbeat,
+            "expires_in": expires_in,
         }
     )
 
@@ -315,19 +346,26 @@ def error(code: str, message: str, ref: Ref = None) -> bytes:
     return orjson.dumps({"t": "error", "ref": ref, "code": code, "message": message})
 
 
-def page(
-    ref: Ref, items: Iterable[tuple[str, bool, bool, bool, tuple[int, str, int] | None, bytes]], next_: str | None
-) -> bytes:
-    """The answer to ``inbox``: items as (position, seen, read, archived, delivered, body).
+Row = tuple[str, bool, bool, bool, tuple[int, str, int] | None, bytes]
+"""A row of the inbox: position, seen, read, archived, delivered, body.
 
-    `delivered` is when (Unix milliseconds), on which device and with which attempt a device acknowledged it first.
-    """
-    rows = b",".join(
+`delivered` is when (Unix milliseconds), on which device and with which attempt a device acknowledged it first.
+"""
+
+
+def page(ref: Ref, rows: Iterable[Row], next_: str | None) -> bytes:
+    """The answer to ``inbox``."""
+    return b'{"t":"ok","ref":%b,%b}' % (orjson.dumps(ref), page_members(rows, next_))
+
+
+def page_members(rows: Iterable[Row], next_: str | None) -> bytes:
+    """The members ``items`` and ``next`` of an object; each body as the publisher sent it."""
+    items = b",".join(
         b'{"pos":"%b","seen":%b,"read":%b,"archived":%b,"delivered":%b,"n":%b}'
         % (pos.encode(), _BOOL[seen], _BOOL[read], _BOOL[archived], _delivered(delivered), body)
-        for pos, seen, read, archived, delivered, body in items
+        for pos, seen, read, archived, delivered, body in rows
     )
-    return b'{"t":"ok","ref":%b,"items":[%b],"next":%b}' % (orjson.dumps(ref), rows, orjson.dumps(next_))
+    return b'"items":[%b],"next":%b' % (items, orjson.dumps(next_))
 
 
 def _delivered(delivered: tuple[int, str, int] | None) -> bytes:

@@ -19,7 +19,7 @@ import orjson
 
 from .errors import InvalidNotification
 
-__all__ = ["MAX_BODY_BYTES", "MAX_NAME", "PRIORITIES", "Envelope", "build", "check"]
+__all__ = ["MAX_BODY_BYTES", "MAX_NAME", "PRIORITIES", "Envelope", "build", "check", "read"]
 
 MAX_BODY_BYTES: Final = 16 * 1024
 MAX_NAME: Final = 256
@@ -44,6 +44,11 @@ class Envelope(NamedTuple):
 
 def check(body: bytes) -> Envelope:
     """Read the envelope of `body`; raises `InvalidNotification` with what is wrong and where."""
+    return read(body)[0]
+
+
+def read(body: bytes) -> tuple[Envelope, dict[str, Any]]:
+    """Read the envelope of `body`, and the event as a whole; errors as `check`."""
     if len(body) > MAX_BODY_BYTES:
         raise InvalidNotification(f"the body has {len(body)} bytes: at most {MAX_BODY_BYTES} are allowed")
     try:
@@ -53,18 +58,20 @@ def check(body: bytes) -> Envelope:
     if type(event) is not dict:
         raise InvalidNotification("the body is not a JSON object")
     if event.get("specversion") != "1.0":
-        raise InvalidNotification('`specversion` must be "1.0": send a CloudEvents 1.0 event in structured JSON mode')
+        raise InvalidNotification(
+            '`specversion` must be "1.0": send a CloudEvents 1.0 event in structured JSON mode', "/specversion"
+        )
     for name in _REQUIRED:
         value = event.get(name)
         if type(value) is not str or not 0 < len(value) <= MAX_NAME:
-            raise InvalidNotification(f"`{name}` must be a string of 1 to {MAX_NAME} characters")
+            raise InvalidNotification(f"`{name}` must be a string of 1 to {MAX_NAME} characters", f"/{name}")
     # Most events hold nothing but the required attributes, `time` and `data`.
     for name in event.keys() - _CHECKED:
         if name in _KNOWN:
             _check_optional(name, event[name])
         else:
             _check_extension(name, event[name])
-    return Envelope(event["id"], event["type"], event.get("topic"))
+    return Envelope(event["id"], event["type"], event.get("topic")), event
 
 
 def _check_optional(name: str, value: Any) -> None:
@@ -74,25 +81,29 @@ def _check_optional(name: str, value: Any) -> None:
         except ValueError:
             moment = None
         if moment is None or moment.tzinfo is None:
-            raise InvalidNotification(f"`{name}` must be an RFC 3339 time with its zone, such as 2026-01-31T12:00:00Z")
+            raise InvalidNotification(
+                f"`{name}` must be an RFC 3339 time with its zone, such as 2026-01-31T12:00:00Z", f"/{name}"
+            )
     elif name == "priority":
         if value not in PRIORITIES:
-            raise InvalidNotification(f"`priority` must be one of {', '.join(PRIORITIES)}")
+            raise InvalidNotification(f"`priority` must be one of {', '.join(PRIORITIES)}", "/priority")
     elif type(value) is not str or not value:
-        raise InvalidNotification(f"`{name}` must be a string that is not empty")
+        raise InvalidNotification(f"`{name}` must be a string that is not empty", f"/{name}")
 
 
 def _check_extension(name: str, value: Any) -> None:
     if name == "data_base64":
         if type(value) is not str:
-            raise InvalidNotification("`data_base64` must be a string")
+            raise InvalidNotification("`data_base64` must be a string", "/data_base64")
     elif not _EXTENSION.fullmatch(name):
         raise InvalidNotification(
-            f"{name[:80]!r} is no attribute name: CloudEvents allows a to z and 0 to 9; payload belongs under `data`"
+            f"{name[:80]!r} is no attribute name: CloudEvents allows a to z and 0 to 9; payload belongs under `data`",
+            f"/{name.replace('~', '~0').replace('/', '~1')}",
         )
     elif value is not None and type(value) not in (str, int, bool):
         raise InvalidNotification(
-            f"extension attribute `{name}` must be a string, integer or boolean; payload belongs under `data`"
+            f"extension attribute `{name}` must be a string, integer or boolean; payload belongs under `data`",
+            f"/{name}",
         )
 
 

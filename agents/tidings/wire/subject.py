@@ -18,12 +18,16 @@ from .errors import BadSubject, BadTopic
 from .topic import check_topic
 
 __all__ = [
+    "AGENTS",
     "BROADCAST_WILDCARD",
+    "CLAIMED",
     "DEAD_WILDCARD",
     "DECIDED",
     "INBOX_FLOOR",
     "MAX_ID",
     "NOTIFY_WILDCARD",
+    "OPERATOR",
+    "REVOKED_WILDCARD",
     "TOPICS_WILDCARD",
     "broadcast",
     "broadcast_pull",
@@ -42,7 +46,14 @@ __all__ = [
     "part_user",
     "part_wildcard",
     "partition",
+    "plane_of_dead",
     "presence",
+    "readable",
+    "replies",
+    "revoked_device",
+    "revoked_of",
+    "revoked_user",
+    "token_of",
     "topic_of",
     "unescape",
 ]
@@ -55,8 +66,17 @@ TOPICS_WILDCARD: Final = "notify.topic.>"
 BROADCAST_WILDCARD: Final = "broadcast.>"
 DECIDED: Final = "decided"
 """Where fan-out agents note how a message goes out."""
+CLAIMED: Final = "claimed"
+"""Where api agents note which body an idempotency key came with."""
 DEAD_WILDCARD: Final = "dead.>"
 INBOX_FLOOR: Final = "inbox.floor"
+REVOKED_WILDCARD: Final = "revoked.>"
+
+AGENTS: Final = ("gateway", "inbox", "fanout", "api")
+OPERATOR: Final = "operator"
+
+_LONGEST: Final = 3800
+"""What fits into NATS's control line (4,096 bytes) with a reply subject and sizes behind it."""
 
 _SAFE: Final = "-_~@+=,:!/"
 _PLAIN: Final = re.compile(rf"[A-Za-z0-9{re.escape(_SAFE)}]{{1,{MAX_ID}}}")
@@ -93,6 +113,12 @@ def unescape(token: str, what: str = "user id") -> str:
         if text and len(text) <= MAX_ID and escape(text, what) == token:
             return text
     raise BadSubject(f"{token[:80]!r} is not the escaped form of a {what}: escape it as %XX of its UTF-8 bytes")
+
+
+def readable(where: bytes) -> str:
+    """A subject as text. The server takes any bytes: those that are no UTF-8 become ``\\xff``, which no token of ours
+    has."""
+    return where.decode(errors="backslashreplace")
 
 
 def partition(token: str, partitions: int) -> int:
@@ -139,6 +165,12 @@ def part_user(token: str, number: int | str) -> str:
     return f"part.{number}.user.{token}"
 
 
+def token_of(where: str) -> str | None:
+    """The user's token of a subject that `part_user` made; None for any other one."""
+    words = where.split(".")
+    return words[3] if len(words) == 4 and (words[0], words[2]) == ("part", "user") else None
+
+
 def part_wildcard(number: int) -> str:
     """All that one partition's stream stores."""
     return f"part.{number}.user.*"
@@ -149,9 +181,48 @@ def dead(plane: str) -> str:
     return f"dead.{plane}"
 
 
+def plane_of_dead(where: str) -> str:
+    """The plane of a subject that `dead` made."""
+    return where.removeprefix("dead.")
+
+
+def revoked_user(user: str) -> str:
+    """Where it is written that the tokens of a user are revoked."""
+    return f"revoked.user.{escape(user)}"
+
+
+def revoked_device(user: str, device: str) -> str:
+    """The same of one device; raises `BadSubject` for two ids that are too long for one subject."""
+    where = f"revoked.device.{escape(user)}.{escape(device, 'device id')}"
+    if len(where) > _LONGEST:
+        raise BadSubject("user id and device id are too long to be revoked together: revoke the user")
+    return where
+
+
+def revoked_of(where: str) -> tuple[str, str | None]:
+    """User and device (None: all of them) of a subject of `revoked_user` or `revoked_device`; raises `BadSubject`."""
+    match where.split("."):
+        case ["revoked", "user", user]:
+            return unescape(user), None
+        case ["revoked", "device", user, device]:
+            return unescape(user), unescape(device, "device id")
+    raise BadSubject(f"{where[:80]!r} is no subject of a revocation")
+
+
 def presence(token: str) -> str:
     """Core NATS: a device of this user connected or disconnected."""
     return f"presence.{token}"
+
+
+def replies(program: str) -> str:
+    """What the reply subjects of a program's requests begin with: each agent's own, for nobody else to read.
+
+    `program` is the name of its connection. A publisher's is NATS's own; all that are no agents are the operator's.
+    """
+    role = program.removeprefix("tidings-")
+    if role == "publisher":
+        return "_INBOX"
+    return f"_INBOX_{role if role in AGENTS else OPERATOR}"
 
 
 def gateway_wildcard(gateway: str) -> str:

@@ -28,6 +28,7 @@ const MORE_THAN_99 = 100;
 const CONNECT_MS = 15_000; // from the first attempt to the welcome
 const ANSWER_MS = 10_000; // for a request, and for a ping
 const BACKOFF_MS = { least: 500, most: 15_000 };
+const RENEW_MS = { again: 5_000, most: 2 ** 31 - 1 }; // a token that could not be renewed; the longest timer
 const STABLE_MS = 5_000; // a connection that lasted so long ends the back-off
 const CATCH_UP_MS = { quiet: 300, most: 5_000 };
 const SETTLE_MS = 1_000; // how far the inbox may be behind what was just delivered
@@ -92,7 +93,8 @@ export class TidingsSocket extends EventTarget {
 
   /**
    * @param {object} options
-   * @param {() => Promise<string>} options.token fetches a token; called again when the last one was refused.
+   * @param {() => Promise<string>} options.token fetches a token; called again before the last one ends, which renews
+   *   it without a reconnect, and when it was refused.
    *   A TidingsError whose `retry` is false stops the socket, any other failure is tried again.
    * @param {string} [options.device] a stable id of this device
    * @param {string} [options.url] of the WebSocket; by default `/v1/ws` of the page's own origin
@@ -256,6 +258,25 @@ export class TidingsSocket extends EventTarget {
     return Math.random() * Math.min(most, least * 2 ** this.#attempt++);
   }
 
+  /** Show the server a fresh token before this one ends. */
+  #renewIn(seconds) {
+    if (typeof seconds === "number") this.#after("renew", Math.min(seconds * 800, RENEW_MS.most), () => this.#renew());
+  }
+
+  async #renew() {
+    const link = this.#link;
+    try {
+      const token = await this.#options.token();
+      if (link !== this.#link) return;
+      const answer = await this.#request({ t: "token", token });
+      this.#token = token;
+      this.#renewIn(answer.expires_in);
+    } catch {
+      // While the old one lives there is time; then the server closes, and a new connection begins with a new token.
+      if (link === this.#link) this.#after("renew", RENEW_MS.again, () => this.#renew());
+    }
+  }
+
   /** Something came, so the peer lives; ask it only after a silence. */
   #heard() {
     this.#clear("pong");
@@ -270,9 +291,8 @@ export class TidingsSocket extends EventTarget {
   #send(frame) {
     const ws = this.#link?.ws;
     if (this.status !== "online" || ws?.readyState !== WebSocket.OPEN) return false;
-    const text = JSON.stringify(frame);
-    ws.send(text);
-    this.#emit("frame", { out: true, text });
+    ws.send(JSON.stringify(frame));
+    this.#emit("frame", { out: true, text: JSON.stringify(frame.token ? { ...frame, token: "…" } : frame) });
     return true;
   }
 
@@ -321,6 +341,7 @@ export class TidingsSocket extends EventTarget {
     this.#heard();
     this.#become("online");
     this.#setUnread(frame.unread);
+    this.#renewIn(frame.expires_in);
     this.#emit("welcome", frame);
     this.#after("catch-up", CATCH_UP_MS.quiet, () => this.#endCatchUp());
   }

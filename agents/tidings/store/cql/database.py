@@ -28,12 +28,13 @@ from cassandra.protocol import ErrorMessage
 from cassandra.protocol import RequestValidationException as ValidationMessage
 from cassandra.query import BatchStatement, BatchType, BoundStatement, PreparedStatement, tuple_factory
 
+from tidings.runtime.tls import ClientTls
 from tidings.wire.errors import StoreUnavailable
 
 from .express import Express, Group, Write
 from .reactor import LoopConnection, connection_class
 
-__all__ = ["Database", "StatementRefused", "Where", "check_datacenter"]
+__all__ = ["Database", "StatementRefused", "Tls", "Where", "check_datacenter"]
 
 _PATIENT: Final = "patient"
 """An execution profile: further nodes are asked when one takes long."""
@@ -42,6 +43,11 @@ _SPECULATE_AFTER_S: Final = 0.2
 _PROTOCOL: Final = 4
 """The newest that ScyllaDB and Cassandra share."""
 
+_TLS_NAMES: Final = (
+    "the option ca of store_url",
+    "the option certificate of store_url",
+    "the option key of store_url",
+)
 _TOO_LARGE: Final = re.compile(r"too large|longer than maximum|larger than the maximum", re.IGNORECASE)
 _ERRORS: Final = (DriverException, NoHostAvailable, ErrorMessage, ConnectionException, OSError)
 """All that the driver raises of a request; it has no common base for them."""
@@ -60,6 +66,15 @@ class StatementRefused(StoreUnavailable):
         self.too_large = _TOO_LARGE.search(message) is not None
 
 
+class Tls(NamedTuple):
+    """What the nodes are checked against, as paths of PEM files; see `url`."""
+
+    ca: str = ""
+    certificate: str = ""
+    key: str = ""
+    name: str | None = None
+
+
 class Where(NamedTuple):
     """Where a CQL store is, and how it is asked."""
 
@@ -73,6 +88,8 @@ class Where(NamedTuple):
     timeout_s: float = 2.0
     in_flight: int = 1024
     """Most requests under way; further ones wait."""
+    tls: Tls | None = None
+    """None for connections in the clear."""
 
     def __str__(self) -> str:
         return f"cql://{','.join(self.hosts)}:{self.port}/{self.keyspace}"
@@ -130,6 +147,7 @@ class Database:
         self._cluster: Any = None
         self._session: Any = None
         self._express: Express
+        self._tls: ClientTls | None = None
 
     # Life
 
@@ -138,7 +156,8 @@ class Database:
         self.loop = asyncio.get_running_loop()
         self.thread = threading.get_ident()
         self.under_way = asyncio.Semaphore(self.where.in_flight)
-        reactor = connection_class(self.loop, self._lost)
+        self._tls = None if self.where.tls is None else ClientTls(*self.where.tls[:3], names=_TLS_NAMES)
+        reactor = connection_class(self.loop, self._lost, self._tls, self.where.tls and self.where.tls.name)
         try:
             await asyncio.to_thread(self._connect, reactor)
             check_datacenter(self.where, {host.datacenter for host in self._cluster.metadata.all_hosts()})
@@ -165,6 +184,8 @@ class Database:
             port=where.port,
             auth_provider=PlainTextAuthProvider(where.username, where.password or "") if where.username else None,
             connection_class=reactor,
+            # The driver's choice of port depends on whether there is one (ScyllaDB has another for TLS).
+            ssl_context=None if self._tls is None else self._tls.context(),
             protocol_version=_PROTOCOL,
             execution_profiles={
                 EXEC_PROFILE_DEFAULT: ExecutionProfile(**common),

@@ -9,7 +9,7 @@ from typing import Any, Final
 from cassandra.query import PreparedStatement
 
 from tidings.store.export import exported_cursor
-from tidings.store.port import Claimed, Cursor, CursorUpdate, Holder, Lost
+from tidings.store.port import ANONYMOUS, DEVICES_CAP, Claimed, Cursor, CursorUpdate, Holder, Lost
 from tidings.wire.position import Position
 
 from .database import Database
@@ -20,6 +20,12 @@ __all__ = ["Devices"]
 
 _READ_BACK: Final = 50
 """Users of one read: each is a partition that the node asked has to fetch."""
+
+
+def _worth(one: tuple[str, DeviceState]) -> tuple[bool, bool, Position]:
+    """Which devices are kept before others: the greater."""
+    device, state = one
+    return state.holder is not None, not device.startswith(ANONYMOUS), state.cursor.floor
 
 
 class _Held:
@@ -62,8 +68,19 @@ class Devices:
         await self._write(user, device, DeviceState(cursor, holder, at))
         after = await self._state(user, device)
         self._held[user, device] = _Held(holder, at, cursor.floor)
+        if before is None:
+            await self._forget_some(user, device)
         lost = after is None or after.holder != holder
         return Claimed(cursor, before is None, None if before is None else before.holder, lost)
+
+    async def _forget_some(self, user: str, new: str) -> None:
+        """Keep the user's devices within `DEVICES_CAP`. Who has written one meanwhile keeps it, by the timestamp."""
+        others = [(device, state) async for _, device, state in self._states([user]) if device != new]
+        if len(others) < DEVICES_CAP:
+            return
+        others.sort(key=_worth, reverse=True)
+        for device, state in others[DEVICES_CAP - 1 :]:
+            await self._database.write(self._sql["forget_cursor"].bind((state.written_us, user, device)))
 
     async def _state(self, user: str, device: str) -> DeviceState | None:
         found = await self._database.read(self._sql["cursor"], user, device)

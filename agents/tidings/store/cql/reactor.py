@@ -5,6 +5,10 @@ loop: a wake-up and a fight for the interpreter's lock a request. `Connection` i
 runs where its answers are needed. What the driver does blocking (connecting, reconnecting, preparing on a new node) it
 does in threads of its own, and those may call every method here.
 
+TLS is asyncio's too: a Python TLS socket cannot be handed to a loop. The driver connects the plain socket, and the
+handshake is made where the loop takes it over. So no TLS session is resumed, which costs a full handshake a connection;
+there are a few for each node, which stay.
+
 A connection also carries the writes of `express`, whose answers it reads itself.
 """
 
@@ -18,6 +22,8 @@ from struct import Struct
 from typing import Any, ClassVar, Final, cast
 
 from cassandra.connection import Connection, ConnectionShutdown
+
+from tidings.runtime.tls import ClientTls
 
 from .express import Group, Write
 
@@ -87,6 +93,10 @@ class LoopConnection(Connection):  # type: ignore[misc]  # the driver is not typ
     loop: ClassVar[asyncio.AbstractEventLoop]
     thread: ClassVar[int]
     lost_one: ClassVar[Callable[[LoopConnection], None]]
+    tls: ClassVar[ClientTls | None]
+    tls_name: ClassVar[str | None]
+    """What the certificate must be for; None for the address that is connected to."""
+    supports_tls_session_resumption = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -105,9 +115,24 @@ class LoopConnection(Connection):  # type: ignore[misc]  # the driver is not typ
     def create_timer(cls, timeout: float, callback: Callable[[], Any]) -> _Timer:
         return _Timer(cls.loop, cls.thread, timeout, callback)
 
+    def _wrap_socket_from_context(self) -> socket.socket:
+        # The driver would shake hands here, in its thread, with a socket that no loop takes.
+        plain: socket.socket = self._socket
+        return plain
+
+    def _secured(self) -> dict[str, Any]:
+        """What `create_connection` needs for TLS; nothing without it."""
+        if self.tls is None:
+            return {}
+        return {
+            "ssl": self.tls.context(),
+            "server_hostname": self.tls_name or self.endpoint.address,
+            "ssl_handshake_timeout": self.connect_timeout,
+        }
+
     async def _attach(self) -> None:
         try:
-            await self.loop.create_connection(lambda: _Protocol(self), sock=self._socket)
+            await self.loop.create_connection(lambda: _Protocol(self), sock=self._socket, **self._secured())
         except OSError as error:
             self.defunct(error)
 
@@ -221,8 +246,17 @@ class LoopConnection(Connection):  # type: ignore[misc]  # the driver is not typ
 
 
 def connection_class(
-    loop: asyncio.AbstractEventLoop, lost_one: Callable[[LoopConnection], None]
+    loop: asyncio.AbstractEventLoop,
+    lost_one: Callable[[LoopConnection], None],
+    tls: ClientTls | None = None,
+    tls_name: str | None = None,
 ) -> type[LoopConnection]:
     """A class of connections that run on this loop; to be called in its thread. `lost_one` hears of each that ends."""
-    members = {"loop": loop, "thread": threading.get_ident(), "lost_one": staticmethod(lost_one)}
+    members = {
+        "loop": loop,
+        "thread": threading.get_ident(),
+        "lost_one": staticmethod(lost_one),
+        "tls": tls,
+        "tls_name": tls_name,
+    }
     return type("LoopConnection", (LoopConnection,), members)

@@ -95,6 +95,7 @@ _STATEMENTS: Final = {
     "erase_deliveries": "DELETE FROM deliveries USING TIMESTAMP ? WHERE user = ? AND bucket = ? AND position <= ?",
     "unlist_buckets": f"UPDATE inbox_state USING TIMESTAMP ? SET buckets = buckets - ? {_HEAD}",
     "erase_watermarks": f"DELETE seen_all, archived_all FROM inbox_state USING TIMESTAMP ? {_HEAD}",
+    "forget_cursor": "DELETE FROM cursors USING TIMESTAMP ? WHERE user = ? AND device = ?",
     "erase_cursors": "DELETE FROM cursors USING TIMESTAMP ? WHERE user = ?",
     "erase_starts": "DELETE FROM subscription_starts USING TIMESTAMP ? WHERE user = ?",
     "erase_synced": "DELETE FROM synced USING TIMESTAMP ? WHERE user = ?",

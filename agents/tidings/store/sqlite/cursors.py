@@ -10,7 +10,7 @@ import orjson
 
 from tidings.store.cursors import cursor_members, cursor_of
 from tidings.store.export import exported_cursor
-from tidings.store.port import Claimed, Cursor, CursorUpdate, Holder, Lost
+from tidings.store.port import ANONYMOUS, DEVICES_CAP, Claimed, Cursor, CursorUpdate, Holder, Lost
 from tidings.wire.position import Position
 
 __all__ = ["claim", "export", "holders", "save", "save_values"]
@@ -19,6 +19,12 @@ _SAVE: Final = """
     UPDATE cursors SET incarnation = ?, sequence = ?, acked = ?, attempts = ?, broadcast = ?, gateway = ?,
         session = ?
     WHERE user = ? AND device = ? AND gateway = ? AND session = ? AND (incarnation, sequence) <= (?, ?)"""
+# Those worth keeping come first.
+_FORGET: Final = f"""
+    DELETE FROM cursors WHERE user = ?1 AND device IN (
+        SELECT device FROM cursors WHERE user = ?1 AND device != ?2
+        ORDER BY gateway IS NULL, device GLOB '{ANONYMOUS}*', incarnation DESC, sequence DESC
+        LIMIT -1 OFFSET {DEVICES_CAP - 1})"""
 _CURSOR: Final = "incarnation, sequence, acked, attempts, gateway, session, broadcast"
 
 
@@ -29,6 +35,7 @@ def claim(db: sqlite3.Connection, user: str, device: str, holder: Holder, floor:
             "INSERT INTO cursors (user, device, incarnation, sequence, gateway, session) VALUES (?, ?, ?, ?, ?, ?)",
             (user, device, *floor, *holder),
         )
+        db.execute(_FORGET, (user, device))
         return Claimed(Cursor(floor), True, None)
     db.execute("UPDATE cursors SET gateway = ?, session = ? WHERE user = ? AND device = ?", (*holder, user, device))
     return Claimed(_cursor(row), False, _holder(row))

@@ -5,16 +5,20 @@ An old floor is a safe floor: it makes a session read more of the stream and les
 
 from __future__ import annotations
 
+import asyncio
 import logging
 
 import orjson
 
-from tidings.stream.topology import BROADCAST_PART, Topology
 from tidings.wire.position import Position
+
+from . import consumers
+from .connection import ApiError, Connection
+from .topology import BROADCAST_PART, Topology
 
 __all__ = ["Floors"]
 
-log = logging.getLogger("tidings.gateway")
+log = logging.getLogger("tidings.stream")
 
 
 class Floors:
@@ -34,6 +38,18 @@ class Floors:
         """A floor never falls: what was stored stays stored."""
         floor = Position(self._topology.beginning(partition).incarnation, sequence)
         self._floors[partition] = max(floor, self._floors[partition])
+
+    async def read(self, connection: Connection) -> None:
+        """Ask the log for all of them; raises `StreamUnavailable` when it does not answer."""
+
+        async def read(partition: int) -> None:
+            try:
+                self.raise_to(partition, await consumers.inbox_floor(connection, partition))
+            except ApiError as error:
+                # Without inbox agents nothing is in the store: 0 is the floor.
+                log.warning("partition %d has no inbox floor: %s", partition, error)
+
+        await asyncio.gather(*map(read, self._floors))
 
     def heard(self, subject: bytes, reply: bytes, header: bytes | None, payload: bytes) -> None:
         """An announcement: ``{"incarnations": [...], "floors": [...]}``, a number a partition, last the broadcasts'."""

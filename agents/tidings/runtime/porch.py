@@ -1,0 +1,115 @@
+"""Who stands before the door: connections that have said neither a request nor a hello.
+
+They cost memory and an open file each, and nobody knows whose they are. An honest client says hello in one round trip,
+so above the limit the one that has said nothing for longest goes: many silent connections keep nobody out. No limit
+goes by address, because behind a proxy all clients have the same one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, cast
+
+from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.web_protocol import RequestHandler
+from aiohttp.web_server import Server
+
+__all__ = ["Porch", "Runner"]
+
+_FAIR_S: Final = 1.0
+"""Everybody has so long to say hello, however many come: those who come later are told to do so once more."""
+_RETRY_AFTER_S: Final = 5
+_FULL: Final = (
+    f"HTTP/1.1 503 Service Unavailable\r\nRetry-After: {_RETRY_AFTER_S}\r\nContent-Length: 0\r\n"
+    "Connection: close\r\n\r\n"
+).encode()
+_FEW: Final = 64
+
+
+class _Full(asyncio.Protocol):
+    """One connection too many."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        writing = cast(asyncio.WriteTransport, transport)
+        writing.write(_FULL)
+        writing.close()
+
+
+class Porch:
+    """Makes the protocol of each new connection, and knows it until `let_in`."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._waiting: dict[RequestHandler, float] = {}
+        self._sweep_at = _FEW
+        self._now = asyncio.get_running_loop().time
+        self.turned_away = 0
+        """Connections that ended because others wanted their place, or that found none."""
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def receive(self, server: Server) -> asyncio.Protocol:
+        """The protocol of one more connection."""
+        now = self._now()
+        if len(self._waiting) >= self._sweep_at:
+            self._sweep()
+        if len(self._waiting) >= self._most:
+            oldest, since = next(iter(self._waiting.items()))
+            self.turned_away += 1
+            if now - since < _FAIR_S:
+                return _Full()
+            del self._waiting[oldest]
+            oldest.force_close()
+        protocol = server()
+        self._waiting[protocol] = now
+        return protocol
+
+    def let_in(self, protocol: RequestHandler) -> None:
+        """It has said who it is, or what it wants."""
+        self._waiting.pop(protocol, None)
+
+    def _sweep(self) -> None:
+        """Forget those that have gone."""
+        now = self._now()
+        self._waiting = {
+            one: since for one, since in self._waiting.items() if one.transport is not None or now - since < _FAIR_S
+        }
+        self._sweep_at = min(self._most, max(_FEW, 2 * len(self._waiting)))
+
+    def middleware(self) -> Callable[..., Awaitable[web.StreamResponse]]:
+        """Lets in who makes a plain request; one for a WebSocket has still to say hello."""
+
+        @web.middleware
+        async def arrived(
+            request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+        ) -> web.StreamResponse:
+            if "Upgrade" not in request.headers:
+                self.let_in(request.protocol)
+            return await handler(request)
+
+        return arrived
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    """Not what a stranger sent that is no HTTP: anybody could fill the log with that."""
+    return record.exc_info is None or not isinstance(record.exc_info[1], HttpProcessingError)
+
+
+class Runner(web.AppRunner):
+    """aiohttp's runner, whose connections come over the porch."""
+
+    def __init__(self, app: web.Application, porch: Porch, **options: Any) -> None:
+        log = logging.getLogger("tidings.http")
+        log.addFilter(_is_ours)
+        super().__init__(app, logger=log, **options)
+        self._porch = porch
+
+    @property
+    def server(self) -> Callable[[], asyncio.Protocol] | None:  # type: ignore[override]
+        """What sites call for each connection."""
+        server = self._server
+        return None if server is None else lambda: self._porch.receive(server)
