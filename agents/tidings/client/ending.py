@@ -40,7 +40,7 @@ class Ending:
         self.after_s = max(0.0, after_ms / 1000)
 
     def pause(self, backoff: Backoff) -> float:
-        """Seconds until the next connection: what the gateway asked for and a little more at random, else `backoff`'s."""
+        """Seconds to wait: as long as the gateway asked for, and a little more at random; else as `backoff` says."""
         if self.after_s is None:
             return backoff.next()
         # A gateway that takes nobody in and asks for no pause must not be asked again at once, for ever.
