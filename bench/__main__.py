@@ -21,7 +21,7 @@ from . import figures, profiler
 from .figures import Figure
 from .host import BenchFailed, pick_cores, running_mesh
 from .hostile import HostilePlan, HostileRepeat, run_hostile
-from .leaving import LeavingPlan, LeavingRepeat, run_leaving
+from .leaving import ExodusPlan, LeavingPlan, LeavingRepeat, run_leaving
 from .system import alone, machine, on_cores, raise_open_files, versions
 from .topics import CrowdPlan, TopicPlan, TopicRepeat, run_topics
 from .workloads import Counts, Plan, Repeat, Say, run_repeat
@@ -64,6 +64,16 @@ _QUICK_TOPICS: Final = {
     "settle_s": 0.5,
 }
 
+_QUICK_LEAVING: Final = {
+    "devices": 100,
+    "rate": 50,
+    "seconds": 14.0,
+    "storm_seconds": 3.0,
+    "repeats": 1,
+    "partitions": 8,
+    "settle_s": 0.2,
+}
+
 _SUITES: Final = {
     "personal": _Suite(
         Plan,
@@ -103,20 +113,21 @@ _SUITES: Final = {
     ),
     "leaving": _Suite(
         LeavingPlan,
-        {
-            "devices": 200,
-            "rate": 100,
-            "seconds": 16.0,
-            "storm_seconds": 4.0,
-            "repeats": 1,
-            "partitions": 8,
-            "settle_s": 0.5,
-        },
+        _QUICK_LEAVING,
         figures.LEAVING,
         run_leaving,
         Path("bench/leaving.json"),
         "<!-- leaving: written by `python -m bench --suite leaving --write` -->",
         "<!-- end of leaving -->",
+    ),
+    "exodus": _Suite(
+        ExodusPlan,
+        _QUICK_LEAVING,
+        figures.LEAVING,
+        run_leaving,
+        Path("bench/exodus.json"),
+        "<!-- exodus: written by `python -m bench --suite exodus --write` -->",
+        "<!-- end of exodus -->",
     ),
     "hostile": _Suite(
         HostilePlan,
@@ -171,6 +182,8 @@ def _arguments() -> argparse.Namespace:
     group.add_argument("--every-s", type=float, help=f"seconds between two (default: {topics.every_s:g})")
     group.add_argument("--copies", type=int, help=f"subscribers who get a copy each (default: {topics.copies})")
     args = parser.parse_args()
+    if args.profile and args.suite in ("leaving", "exodus"):
+        parser.error("no agent lives through these suites: profile another one")
     if args.profile == "fanout" and args.suite == "personal":
         parser.error("the personal suite has no fan-out agent: --suite topics")
     return args
@@ -205,7 +218,7 @@ async def _measure(suite: _Suite, plan: AnyPlan) -> tuple[dict[str, Any], Counts
     return figures.summary(runs, suite.figures), counts
 
 
-async def _profile(plan: AnyPlan, agent: str) -> str:
+async def _profile(plan: Plan | TopicPlan, agent: str) -> str:
     followers = plan.followers() if isinstance(plan, TopicPlan) else {}
     async with running_mesh(
         plan.partitions, plan.cores, profiled=agent, devices=plan.devices, followers=followers
@@ -224,6 +237,8 @@ def _settings(plan: AnyPlan) -> dict[str, Any]:
 
 
 def _loads(plan: AnyPlan) -> str:
+    if isinstance(plan, LeavingPlan):
+        return f"{plan.rate:,} notifications of {plan.size} bytes a second all the time"
     if isinstance(plan, HostilePlan):
         return (
             f"{plan.rate:,} notifications a second for {plan.seconds:g} s a load; {plan.hostile} hostile clients a kind"
@@ -267,6 +282,7 @@ def _run() -> int:
     turn = nullcontext() if args.quick else alone(lambda: _say("another benchmark runs here: waiting for its end"))
     with turn, on_cores(plan.cores.load):
         if args.profile:
+            assert not isinstance(plan, LeavingPlan)
             print(asyncio.run(_profile(plan, args.profile)))
             return 0
         found, counts = asyncio.run(_measure(suite, plan))

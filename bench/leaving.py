@@ -13,11 +13,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
+from tidings.runtime.settings import Settings
+
 from .host import EVERYWHERE, BenchFailed, Cores, Mesh, running_mesh
 from .load import quantile
 from .workloads import Counts, Say
 
-__all__ = ["LeavingPlan", "LeavingRepeat", "run_leaving"]
+__all__ = ["ExodusPlan", "LeavingPlan", "LeavingRepeat", "run_leaving"]
 
 _ONE: Final = "gateway"
 _TWO: Final = "gateway-2"
@@ -33,8 +35,8 @@ _SETTLE_S: Final = 60.0
 class LeavingPlan:
     """How large a benchmark of leaving gateways is."""
 
-    devices: int = 5000
-    rate: int = 500
+    devices: int = 2000
+    rate: int = 200
     """Notifications a second, all the time."""
     seconds: float = 40.0
     """Of the load beside the rolling restart, which should be over before."""
@@ -45,6 +47,15 @@ class LeavingPlan:
     at_once: int = 64
     settle_s: float = 4.0
     cores: Cores = EVERYWHERE
+
+
+@dataclass(frozen=True, slots=True)
+class ExodusPlan(LeavingPlan):
+    """More devices than the deadline lets leave at the usual pace."""
+
+    devices: int = 5000
+    seconds: float = 60.0
+    storm_seconds: float = 30.0
 
 
 class LeavingRepeat:
@@ -175,7 +186,7 @@ async def run_leaving(plan: LeavingPlan, say: Say) -> LeavingRepeat:
         plan.partitions,
         plan.cores,
         devices=plan.devices,
-        drain_s=20,
+        drain_s=Settings().drain_s,
         # What a killed gateway leaves behind must be gone when it is asked who is owed what.
         consumer_idle_s=10,
     ) as mesh:

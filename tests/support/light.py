@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import socket
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Final, cast
 
 import orjson
@@ -14,6 +15,7 @@ from tidings.wire.frames import SUBPROTOCOL
 from .clock import PATIENCE_S
 
 _TEXT: Final = 0x81
+_CLOSE: Final = 0x88
 _PING: Final = 0x89
 _PONG: Final = 0x8A
 _REQUEST: Final = (
@@ -32,6 +34,11 @@ class Light:
         self.gaps = 0
         self.lost = asyncio.Event()
         """The connection that was made last is gone."""
+        self.byes: list[int] = []
+        """The pauses that gateways asked for, in milliseconds."""
+        self.codes: list[int] = []
+        """Of gateways' close frames."""
+        self._asked_ms: int | None = None
         self._hello = _frame(orjson.dumps({"t": "hello", "token": token, **hello}))
         self._wire: _Wire | None = None
         self._wanted: set[str] = set()
@@ -45,11 +52,29 @@ class Light:
             wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
         loop = asyncio.get_running_loop()
         async with asyncio.timeout(PATIENCE_S):
-            await loop.sock_connect(wire, ("127.0.0.1", port))
+            try:
+                await loop.sock_connect(wire, ("127.0.0.1", port))
+            except OSError:
+                wire.close()
+                raise
             self.lost.clear()
+            self._asked_ms = None
             self._wire = _Wire(self, self._hello)
             await loop.create_connection(lambda: cast(_Wire, self._wire), sock=wire)
             await self._wire.welcomed
+
+    async def stay(self, port: Callable[[], int]) -> None:
+        """Come back whenever the connection is gone, as the SDKs do, until this is cancelled."""
+        while True:
+            await self.lost.wait()
+            pause_ms = random.uniform(0, 200) if self._asked_ms is None else self._asked_ms
+            self._asked_ms = None
+            await asyncio.sleep(pause_ms / 1000)
+            try:
+                await self.connect(port())
+            except OSError:
+                # Nobody is there, or who is there sent it away.
+                self.lost.set()
 
     def pause(self) -> None:
         """Read nothing more from the socket."""
@@ -80,6 +105,9 @@ class Light:
         """One frame of the gateway; returns what is to be acknowledged."""
         if frame["t"] == "gap":
             self.gaps += 1
+        if frame["t"] == "bye":
+            self._asked_ms = frame["after_ms"]
+            self.byes.append(frame["after_ms"])
         if frame["t"] != "n":
             return []
         positions = [item["pos"] for item in frame["items"]]
@@ -135,6 +163,9 @@ class _Wire(asyncio.Protocol):
                 break
             if data[at] == _TEXT:
                 positions += self._text(orjson.loads(data[begin:end_at]))
+            elif data[at] == _CLOSE:
+                self._device.codes.append(int.from_bytes(data[begin : begin + 2], "big"))
+                self.transport.write(_frame(data[begin : begin + 2], _CLOSE))
             elif data[at] == _PING:
                 self.transport.write(_frame(data[begin:end_at], _PONG))
             at = end_at

@@ -94,7 +94,7 @@ class Connection:
             elif ending.for_good:
                 raise ending.error()
             else:
-                after = self._backoff.next() if ending.after_s is None else ending.after_s
+                after = ending.pause(self._backoff)
                 log.log(ending.level, "%s: connecting again in %.1f s", ending, after)
                 await asyncio.sleep(after)
 

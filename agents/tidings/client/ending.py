@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import logging
+import random
+from typing import Final
 
+from tidings.runtime.backoff import Backoff
 from tidings.wire import codes
 from tidings.wire.errors import SessionClosed
 
 __all__ = ["Breach", "Ending"]
+
+_JITTER: Final = 0.1
 
 
 class Breach(Exception):
@@ -33,6 +38,14 @@ class Ending:
         """The gateway is about to close."""
         self._may_return = bool(reconnect)
         self.after_s = max(0.0, after_ms / 1000)
+
+    def pause(self, backoff: Backoff) -> float:
+        """Seconds to wait: as long as the gateway asked for, and a little more at random; else as `backoff` says."""
+        if self.after_s is None:
+            return backoff.next()
+        # A gateway that takes nobody in and asks for no pause must not be asked again at once, for ever.
+        least = 0.0 if self.welcomed else random.uniform(0, backoff.first_s)
+        return self.after_s * random.uniform(1, 1 + _JITTER) + least
 
     @property
     def for_good(self) -> bool:

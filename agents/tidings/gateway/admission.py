@@ -28,7 +28,7 @@ _ASSUMED_PER_S: Final = 500.0
 _SLOWEST_PER_S: Final = 50.0
 """While nothing can be started, as without JetStream, nobody waits for ever."""
 _WINDOW_S: Final = 0.5
-_FORGETS: Final = 0.8
+_FORGETS: Final = 0.7
 """What is left of the rate after a window in which less was measured."""
 _LONGEST_S: Final = 30.0
 _JITTER: Final = 0.1
@@ -47,6 +47,7 @@ class Admission:
         self._window_began: float | None = None
         """Since when somebody has been waiting without a pause, or the last full window ended."""
         self._ended = 0
+        self._measured = False
         self.waiting = 0
         """How many wait for their turn."""
         self.per_s = _ASSUMED_PER_S
@@ -83,7 +84,9 @@ class Admission:
         self._ended += 1
         took = now - self._window_began
         if took >= _WINDOW_S:
-            self.per_s = max(self._ended / took, self.per_s * _FORGETS, _SLOWEST_PER_S)
+            least = self.per_s * _FORGETS if self._measured else 0.0
+            self.per_s = max(self._ended / took, least, _SLOWEST_PER_S)
+            self._measured = True
             self._window_began, self._ended = now, 0
 
     def come_back_ms(self) -> int:

@@ -35,6 +35,7 @@ from .handshake import refuse
 from .hub import Hub, new_id
 from .meter import CONNECT_FRAMES
 from .opening import Opener, Plan
+from .pace import Pace
 from .requests import Requests
 from .session import Session
 from .socket import Socket
@@ -42,6 +43,8 @@ from .socket import Socket
 __all__ = ["Door"]
 
 _RETRY_SPREAD_MS: Final = 3000
+_A_TURN: Final = 8
+"""Handshakes, and hellos, of one turn of the loop: one or two milliseconds of it."""
 _CROWDED_MS: Final = 30_000
 """How long a device that is one too many stays away."""
 
@@ -68,6 +71,7 @@ class Door:
         self._hub = hub
         self._porch = porch
         self._opener = opener
+        self._handshakes, self._hellos = Pace(_A_TURN), Pace(_A_TURN)
         self._authenticator = authenticator
         self._requests = requests
         self._admission = Admission(hub.settings.consumer_starts, hub.settings.start_wait_s, hub.now)
@@ -85,6 +89,7 @@ class Door:
         socket = Socket(settings.frame_max_bytes, settings.write_buffer_bytes, self._hub.meters.limits)
         self._entering.add(socket)
         try:
+            await self._handshakes.turn()
             response = await socket.accept(request)
             session = await self._enter(socket, request)
             self._entering.discard(socket)
@@ -126,6 +131,7 @@ class Door:
         self._porch.let_in(request.protocol)
         if frame is None:
             return None
+        await self._hellos.turn()
         hello = self._read_hello(frame)
         who = await self._identify(hello, request.headers.get("Authorization"))
         device = who.device or hello.device or f"{ANONYMOUS}{new_id()}"

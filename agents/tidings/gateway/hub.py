@@ -10,6 +10,7 @@ import asyncio
 import logging
 import secrets
 import time
+from base64 import b32encode
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
@@ -49,8 +50,9 @@ log = logging.getLogger("tidings.gateway")
 
 
 def new_id(length: int = 12) -> str:
-    """A random name for a gateway, session or consumer: lower-case letters and digits."""
-    return "".join(secrets.choice("abcdefghijklmnopqrstuvwxyz0123456789") for _ in range(length))
+    """A random name for a gateway, session or consumer: lower-case letters and the digits 2 to 7."""
+    # Five bits a letter: a tenth of what choosing each by itself costs, and two of them are made for each connect.
+    return b32encode(secrets.token_bytes(-(-length * 5 // 8))).decode().lower()[:length]
 
 
 class Hub:

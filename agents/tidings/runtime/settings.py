@@ -161,7 +161,7 @@ class Settings:
     drain_notice_s: float = _number(
         0, 0, 300, "how long a stopping gateway or api is not ready and still serves, for a load balancer to notice"
     )
-    drain_per_s: int = _number(500, 1, 100_000, "how many devices a second a stopping gateway sends away")
+    drain_per_s: int = _number(250, 1, 100_000, "how many devices a second a stopping gateway sends away")
     drain_s: float = _number(20, 0, 300, "after how long at most a stopping gateway has closed all its sockets")
 
     # The inbox agent

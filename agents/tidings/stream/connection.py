@@ -263,8 +263,9 @@ class Connection(Client):
     async def _close_for_good(self) -> None:
         try:
             await self.close()
-        except OSError as error:
-            # nats-py stops half-way when the server goes while it writes the last bytes.
+        except (OSError, RuntimeError) as error:
+            # nats-py stops half-way when the server goes while it writes the last bytes, or has gone: uvloop's closed
+            # transports raise RuntimeError.
             log.debug("the connection to NATS broke while it was closed: %s", error)
             for subscription in self._subs.values():
                 task: asyncio.Task[None] | None = subscription._wait_for_msgs_task

@@ -29,6 +29,7 @@ const CONNECT_MS = 15_000; // from the first attempt to the welcome
 const ANSWER_MS = 10_000; // for a request, and for a ping
 const BACKOFF_MS = { least: 500, most: 15_000 };
 const RENEW_MS = { again: 5_000, most: 2 ** 31 - 1 }; // a token that could not be renewed; the longest timer
+const JITTER = 0.1; // of the pause that a server asks for
 const STABLE_MS = 5_000; // a connection that lasted so long ends the back-off
 const CATCH_UP_MS = { quiet: 300, most: 5_000 };
 const SETTLE_MS = 1_000; // how far the inbox may be behind what was just delivered
@@ -240,7 +241,7 @@ export class TidingsSocket extends EventTarget {
       this.#wanted = false;
       this.#become("stopped", { code: final ?? code, reason });
     } else {
-      this.#wait(bye?.after_ms ?? this.#backoff(), code, reason);
+      this.#wait(bye ? this.#paced(bye.after_ms) : this.#backoff(), code, reason);
     }
   }
 
@@ -250,6 +251,12 @@ export class TidingsSocket extends EventTarget {
     globalThis.addEventListener("online", () => this.retryNow(), { signal });
     this.#after("retry", delay, () => this.#connect());
     this.#become("waiting", { code, reason, delay });
+  }
+
+  /** What the server asked for, and a little more at random; never at once again where there was no welcome. */
+  #paced(ms) {
+    const least = this.status === "online" ? 0 : Math.random() * BACKOFF_MS.least;
+    return ms * (1 + Math.random() * JITTER) + least;
   }
 
   /** Full jitter: clients that lost the same gateway do not come back as one wave. */
