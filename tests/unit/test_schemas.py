@@ -179,8 +179,8 @@ NEST = {
     ("schema", "data"),
     [
         pytest.param({"pattern": "^(a+)+$"}, json.dumps("a" * 16_000 + "b"), id="pattern"),
-        pytest.param({"$ref": "#/$defs/nest"}, "[" * 1000 + "]" * 1000, id="recursion that fits"),
-        pytest.param({"$ref": "#/$defs/nest"}, "[" * 1000 + "5" + "]" * 1000, id="recursion that does not"),
+        pytest.param({"$ref": "#/$defs/nest"}, "[" * 249 + "]" * 249, id="recursion that fits"),
+        pytest.param({"$ref": "#/$defs/nest"}, "[" * 249 + "5" + "]" * 249, id="recursion that does not"),
         pytest.param({"uniqueItems": True}, json.dumps([*([n] for n in range(1800)), [0]]), id="unique"),
     ],
 )

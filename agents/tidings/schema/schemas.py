@@ -1,10 +1,11 @@
 """Checking notifications against the schemas of their types.
 
 A schema describes the whole event, envelope included, and is compiled once. Nothing is ever fetched: a ``$ref`` points
-into its file, or to the ``$id`` of another file. Patterns run on an engine whose time grows with the text alone
-(no backtracking, hence no look-around and no back-references); a body's nesting is bounded by the JSON parser
-(1,024), and its size by the envelope (16 KiB). What a violation says names the place and the rule, never the value:
-it goes to logs. (`tidings.schema.references` has the one case in which it does not name the place.)
+into its file, or to the ``$id`` of another file. Patterns run on an engine whose time grows with the text alone (no
+backtracking, hence no look-around and no back-references); a body's nesting (250) and its size (16 KiB) are bounded by
+the envelope: deeper than 255 the validator cannot say what is wrong. What a violation says names the place and the
+rule, never the value: it goes to logs. (`tidings.schema.references` has the one case in which it does not name the
+place.)
 """
 
 from __future__ import annotations
