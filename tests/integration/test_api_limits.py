@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -315,3 +316,28 @@ async def test_leaving(mesh: Mesh) -> None:
             assert await agent.process.wait() == 0
         with pytest.raises(httpx.ConnectError):
             await http.get("/healthz")
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        b"GET /healthz HTTP/1.1\r\nHost: x\r\nAuthorization : Bearer a.secret.token\r\n\r\n",
+        b"GET /" + b"secret" * 2000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"secret\r\n\r\n",
+        b"POST /v1/publish HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
+    ],
+)
+async def test_no_http(mesh: Mesh, request_: bytes) -> None:
+    """What cannot be read as a request is refused as everything is, and nothing of it is repeated."""
+    async with api(mesh) as http:
+        reader, writer = await asyncio.open_connection("127.0.0.1", http.base_url.port)
+        writer.write(request_)
+        async with asyncio.timeout(PATIENCE_S):
+            answer = await reader.read()
+        writer.close()
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.0 400 ")
+    assert b"Content-Type: application/problem+json" in head
+    assert b"Server: tidings" in head
+    assert json.loads(body)["code"] == "bad_request"
+    assert b"secret" not in answer
