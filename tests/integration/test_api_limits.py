@@ -304,6 +304,27 @@ async def test_silent_connections_keep_nobody_out(mesh: Mesh, monkeypatch: pytes
                 writer.close()
 
 
+async def test_a_request_without_a_token_is_no_way_in(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks for what needs no token stays one of the strangers; who shows a good one does not."""
+    monkeypatch.setattr("tidings.runtime.porch._FAIR_S", 0.0)
+    async with api(mesh, strangers_max=10) as http:
+        assert (await http.get(UNREAD, headers=user("alice"))).status_code == 200
+        strangers = [await asyncio.open_connection("127.0.0.1", http.base_url.port) for _ in range(15)]
+        try:
+            for reader, writer in strangers[5:]:
+                writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+                await reader.readuntil(b"}")
+            more = [await asyncio.open_connection("127.0.0.1", http.base_url.port) for _ in range(10)]
+            async with asyncio.timeout(PATIENCE_S):
+                for reader, _ in strangers:
+                    assert await reader.read() == b""
+            strangers += more
+            assert (await http.get(UNREAD, headers=user("alice"))).status_code == 200
+        finally:
+            for _, writer in strangers:
+                writer.close()
+
+
 async def test_leaving(mesh: Mesh) -> None:
     """An api that is told to stop is not ready at once, and serves until a load balancer has had the time to see it."""
     agent = await mesh.api(drain_notice_s=5)

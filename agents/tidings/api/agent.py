@@ -89,9 +89,9 @@ class Api(Service):
         await revocations.open()
         self.spawn(revocations.follow())
         clock = asyncio.get_running_loop().time
-        gate = Gate(settings, self._verifier, revocations, clock)
         porch = Porch(settings.strangers_max)
-        app = make_app(backing, gate, porch, self._unready, self._observer)
+        gate = Gate(settings, self._verifier, revocations, porch, clock)
+        app = make_app(backing, gate, self._unready, self._observer)
         await self._listen(app, porch)
         secured = " with TLS" if settings.tls_certificate else ""
         self.log.info("the api listens on %s:%d%s", settings.api_host, self.port, secured)

@@ -1,7 +1,7 @@
-"""Who stands before the door: connections that have said neither a request nor a hello.
+"""Who stands before the door: connections that have not said whose they are.
 
-They cost memory and an open file each, and nobody knows whose they are. An honest client says hello in one round trip,
-so above the limit the one that has said nothing for longest goes: many silent connections keep nobody out. No limit
+They cost memory and an open file each. An honest client says hello, or shows its token, in one round trip, so above
+the limit the one that has kept silent about it for longest goes: many such connections keep nobody out. No limit
 goes by address, because behind a proxy all clients have the same one.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any, Final, cast
 
 from aiohttp import hdrs, web
@@ -73,7 +73,7 @@ class Porch:
         return protocol
 
     def let_in(self, protocol: RequestHandler) -> None:
-        """It has said who it is, or what it wants."""
+        """It has said who it is."""
         self._waiting.pop(protocol, None)
 
     def _sweep(self) -> None:
@@ -83,19 +83,6 @@ class Porch:
             one: since for one, since in self._waiting.items() if one.transport is not None or now - since < _FAIR_S
         }
         self._sweep_at = min(self._most, max(_FEW, 2 * len(self._waiting)))
-
-    def middleware(self) -> Callable[..., Awaitable[web.StreamResponse]]:
-        """Lets in who makes a plain request; one for a WebSocket has still to say hello."""
-
-        @web.middleware
-        async def arrived(
-            request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-        ) -> web.StreamResponse:
-            if "Upgrade" not in request.headers:
-                self.let_in(request.protocol)
-            return await handler(request)
-
-        return arrived
 
 
 def _is_ours(record: logging.LogRecord) -> bool:
