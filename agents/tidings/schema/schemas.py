@@ -53,6 +53,13 @@ class Schemas:
         self._refuses_unknown = unknown == "refuse"
         # One that comes later replaces one of the same type.
         self._documents = {document.type: document for document in documents}
+        by_uri: dict[str, Document] = {}
+        for document in self._documents.values():
+            other = by_uri.setdefault(document.uri, document)
+            if other is not document:
+                raise BadSettings(
+                    f"{document.place} and {other.place} have one `$id`, {document.uri!r}: give each its own"
+                )
         try:
             registry = Registry(
                 [(document.uri, document.schema) for document in self._documents.values()], draft=Draft202012
@@ -60,7 +67,6 @@ class Schemas:
         except (ValueError, ReferencingError) as error:
             raise BadSettings(f"the schemas do not fit together: {_first_line(error)}") from None
         self._validators = {name: _compile(document, registry) for name, document in self._documents.items()}
-        by_uri = {document.uri: document for document in self._documents.values()}
         self._unlocated = {name for name, document in self._documents.items() if leads_back(document, by_uri)}
         """Types of whose violations it is not said where they are."""
 
