@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from base64 import b64decode
+
 from support.api import api, refusal, service, user
 from support.mesh import Mesh
 from tidings.stream import consumers, letters
@@ -39,6 +41,18 @@ async def test_listed_and_looked_at(mesh: Mesh) -> None:
         assert (one["user"], one["reason"], one["attempts"]) == ("alice", "undelivered", 10)
         assert one["notification"]["id"] == "one"
         assert (await http.get(f"{PATH}/{ids[1]}", headers=service(READ))).json()["base64"] == "/w=="
+
+
+async def test_too_deep_to_be_written(mesh: Mesh) -> None:
+    """A body that JSON libraries read and cannot write comes as its bytes, and hides no other letter."""
+    deep = b'{"data":' + b"[" * 1000 + b"]" * 1000 + b"}"
+    ids = [await bury(mesh, deep), await bury(mesh, b'{"n":1}')]
+    async with api(mesh) as http:
+        answer = await http.get(PATH, headers=service(READ))
+        assert answer.status_code == 200, answer.text
+        assert [letter["id"] for letter in answer.json()["letters"]] == ids[::-1]
+        one = (await http.get(f"{PATH}/{ids[0]}", headers=service(READ))).json()
+        assert b64decode(one["base64"]) == deep
 
 
 async def test_replayed_and_dropped(mesh: Mesh) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -303,6 +304,27 @@ async def test_silent_connections_keep_nobody_out(mesh: Mesh, monkeypatch: pytes
                 writer.close()
 
 
+async def test_a_request_without_a_token_is_no_way_in(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks for what needs no token stays one of the strangers; who shows a good one does not."""
+    monkeypatch.setattr("tidings.runtime.porch._FAIR_S", 0.0)
+    async with api(mesh, strangers_max=10) as http:
+        assert (await http.get(UNREAD, headers=user("alice"))).status_code == 200
+        strangers = [await asyncio.open_connection("127.0.0.1", http.base_url.port) for _ in range(15)]
+        try:
+            for reader, writer in strangers[5:]:
+                writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+                await reader.readuntil(b"}")
+            more = [await asyncio.open_connection("127.0.0.1", http.base_url.port) for _ in range(10)]
+            async with asyncio.timeout(PATIENCE_S):
+                for reader, _ in strangers:
+                    assert await reader.read() == b""
+            strangers += more
+            assert (await http.get(UNREAD, headers=user("alice"))).status_code == 200
+        finally:
+            for _, writer in strangers:
+                writer.close()
+
+
 async def test_leaving(mesh: Mesh) -> None:
     """An api that is told to stop is not ready at once, and serves until a load balancer has had the time to see it."""
     agent = await mesh.api(drain_notice_s=5)
@@ -315,3 +337,28 @@ async def test_leaving(mesh: Mesh) -> None:
             assert await agent.process.wait() == 0
         with pytest.raises(httpx.ConnectError):
             await http.get("/healthz")
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        b"GET /healthz HTTP/1.1\r\nHost: x\r\nAuthorization : Bearer a.secret.token\r\n\r\n",
+        b"GET /" + b"secret" * 2000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"secret\r\n\r\n",
+        b"POST /v1/publish HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
+    ],
+)
+async def test_no_http(mesh: Mesh, request_: bytes) -> None:
+    """What cannot be read as a request is refused as everything is, and nothing of it is repeated."""
+    async with api(mesh) as http:
+        reader, writer = await asyncio.open_connection("127.0.0.1", http.base_url.port)
+        writer.write(request_)
+        async with asyncio.timeout(PATIENCE_S):
+            answer = await reader.read()
+        writer.close()
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.0 400 ")
+    assert b"Content-Type: application/problem+json" in head
+    assert b"Server: tidings" in head
+    assert json.loads(body)["code"] == "bad_request"
+    assert b"secret" not in answer

@@ -154,14 +154,20 @@ async def test_idempotency_key(mesh: Mesh) -> None:
     assert len(await logged(mesh, "alice")) == 2
 
 
-async def test_idempotency_key_of_a_deep_body(mesh: Mesh) -> None:
-    """What can be read, and is too deep to be written again, is refused as that."""
+async def test_deep_events(mesh: Mesh) -> None:
+    """An event as deep as may be is published in every way, also under a key; one that is deeper is refused."""
     async with api(mesh) as http:
-        for depth in (252, 253, 500):
-            body = b'{"user":"alice","event":{"type":"deep","data":%b}}' % (b"[" * depth + b"]" * depth)
-            headers = {**service(), "Idempotency-Key": f"deep-{depth}", "Content-Type": "application/json"}
-            answer = await http.post("/v1/publish", content=body, headers=headers)
-            refusal(answer, *((422, "invalid_notification") if depth > 253 else (400, "malformed_json")))
+        for depth in (249, 250, 500):
+            order = b'{"user":"alice","event":{"type":"deep","data":%b}}' % (b"[" * depth + b"]" * depth)
+            for path, body in (("/v1/publish", order), ("/v1/publish/batch", b'{"notifications":[%b]}' % order)):
+                for key in ({}, {"Idempotency-Key": f"{path}-{depth}"}):
+                    headers = {**service(), **key, "Content-Type": "application/json"}
+                    answer = await http.post(path, content=body, headers=headers)
+                    if depth == 249:
+                        assert answer.status_code == 200, answer.text
+                    else:
+                        refusal(answer, 422, "invalid_notification")
+    assert len(await logged(mesh, "alice")) == 4
 
 
 async def test_killed_between_store_and_answer(mesh: Mesh) -> None:

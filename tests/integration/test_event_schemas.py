@@ -90,6 +90,23 @@ async def test_topic_is_judged_once(mesh: Mesh, own: Path) -> None:
     assert len(await mesh.dead_letters()) == 1
 
 
+async def test_deep_events(mesh: Mesh, own: Path) -> None:
+    """An event that is nested too deeply is a dead letter, with a schema or without, and stops no agent."""
+    gateway, _ = await mesh.gateway(), await mesh.inbox(schema_dir=own)
+    await mesh.fanout(schema_dir=own)
+    phone = await mesh.online(gateway, "alice")
+    assert (await phone.ask("sub", topics=["shop.orders"]))["t"] == "ok"
+    deep = b"[" * 900 + b"]" * 900
+    for where in (subject.notify_user("alice"), subject.notify_topic("shop.orders")):
+        for type in ("order.sent", "other"):
+            body = b'{"specversion":"1.0","id":"deep","source":"x","type":"%b","data":%b}' % (type.encode(), deep)
+            await mesh.connection.store(where, body)
+        await store(mesh, where, f"{where} good", 17)
+    await mesh.stored("alice", *(f"{where} good" for where in ("notify.user.alice", "notify.topic.shop.orders")))
+    found = await letters(mesh, 4)
+    assert {letter["tidings-reason"] for letter in found} == {"invalid_notification"}
+
+
 async def test_unknown_and_off(mesh: Mesh, own: Path) -> None:
     """An agent refuses unknown types where it is told to; with the checks off it takes any notification."""
     await store(mesh, subject.notify_user("alice"), "bad", "x")

@@ -164,6 +164,14 @@ def test_nothing_is_fetched(tmp_path: Path) -> None:
             server.accept()
 
 
+def test_two_of_one_id(tmp_path: Path) -> None:
+    """Two files of one `$id` are refused, both by name: a reference to it would mean either."""
+    with pytest.raises(BadSettings) as caught:
+        Schemas.load(folder(tmp_path, order__sent={"$id": "urn:shop:order"}, order__lost={"$id": "urn:shop:order"}))
+    assert "order.sent.json" in str(caught.value)
+    assert "order.lost.json" in str(caught.value)
+
+
 def test_no_folder(tmp_path: Path) -> None:
     """A folder that is not there is a sentence that names the setting."""
     with pytest.raises(BadSettings, match="schema_dir"):
@@ -179,8 +187,8 @@ NEST = {
     ("schema", "data"),
     [
         pytest.param({"pattern": "^(a+)+$"}, json.dumps("a" * 16_000 + "b"), id="pattern"),
-        pytest.param({"$ref": "#/$defs/nest"}, "[" * 1000 + "]" * 1000, id="recursion that fits"),
-        pytest.param({"$ref": "#/$defs/nest"}, "[" * 1000 + "5" + "]" * 1000, id="recursion that does not"),
+        pytest.param({"$ref": "#/$defs/nest"}, "[" * 249 + "]" * 249, id="recursion that fits"),
+        pytest.param({"$ref": "#/$defs/nest"}, "[" * 249 + "5" + "]" * 249, id="recursion that does not"),
         pytest.param({"uniqueItems": True}, json.dumps([*([n] for n in range(1800)), [0]]), id="unique"),
     ],
 )

@@ -96,6 +96,21 @@ def test_what_is_built_is_valid(kind: str, data: object) -> None:
     assert notification.check(body) == notification.Envelope(id, kind, None)
 
 
+@pytest.mark.parametrize(("opens", "shuts"), [(b"[", b"]"), (b'{"a":', b"}"), (b'[{"":[],"a":', b"}]")])
+def test_depth(opens: bytes, shuts: bytes) -> None:
+    """As many levels as JSON libraries can write, whatever they are made of; brackets in a text are none."""
+    levels = notification.MAX_DEPTH - 1
+
+    def event(count: int) -> bytes:
+        data = opens * count + b'"%b"' % (b"[{" * 300) + shuts * count
+        return b'{"specversion":"1.0","id":"i","source":"s","type":"t","data":%b}' % data
+
+    per_piece = opens.count(b"[{") + 1
+    notification.check(event(levels // per_piece))
+    with pytest.raises(InvalidNotification, match="250 levels"):
+        notification.check(event(levels // per_piece + 1))
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [

@@ -34,6 +34,7 @@ from tidings.stream.revocations import Revocations
 from tidings.wire import subject
 from tidings.wire.errors import TidingsError
 
+from . import problems
 from .app import Observer, make_app
 from .backing import Backing
 from .gate import Gate
@@ -88,9 +89,9 @@ class Api(Service):
         await revocations.open()
         self.spawn(revocations.follow())
         clock = asyncio.get_running_loop().time
-        gate = Gate(settings, self._verifier, revocations, clock)
         porch = Porch(settings.strangers_max)
-        app = make_app(backing, gate, porch, self._unready, self._observer)
+        gate = Gate(settings, self._verifier, revocations, porch, clock)
+        app = make_app(backing, gate, self._unready, self._observer)
         await self._listen(app, porch)
         secured = " with TLS" if settings.tls_certificate else ""
         self.log.info("the api listens on %s:%d%s", settings.api_host, self.port, secured)
@@ -100,6 +101,7 @@ class Api(Service):
         self._runner = Runner(
             app,
             porch,
+            refusal=problems.of_status,
             access_log=None,
             handle_signals=False,
             shutdown_timeout=settings.api_publish_timeout_s,
@@ -121,12 +123,12 @@ class Api(Service):
         )
 
     def _unready(self) -> Sequence[str]:
-        problems = [] if self.ready else [f"the api is {self.state.value}"]
+        missing = [] if self.ready else [f"the api is {self.state.value}"]
         if self._revocations is not None and not self._revocations.current:
-            problems.append("it is not known which tokens are revoked")
+            missing.append("it is not known which tokens are revoked")
         if self._verifier.problem is not None:
-            problems.append(self._verifier.problem)
-        return problems
+            missing.append(self._verifier.problem)
+        return missing
 
     # From NATS
 

@@ -12,7 +12,6 @@ from urllib.parse import unquote_to_bytes
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler as WebHandler
 
-from tidings.runtime.porch import Porch
 from tidings.runtime.settings import Settings
 
 from . import problems
@@ -69,12 +68,11 @@ def routes(backing: Backing, gate: Gate) -> Sequence[Route]:
 def make_app(
     backing: Backing,
     gate: Gate,
-    porch: Porch,
     unready: Callable[[], Sequence[str]],
     observer: Observer | None = None,
 ) -> web.Application:
     """The application. `unready` says what is wrong with the agent; `observer` is told of each answer."""
-    app = web.Application(middlewares=[porch.middleware(), _Frame(backing.settings, observer).answer])
+    app = web.Application(middlewares=[_Frame(backing.settings, observer).answer])
     for route in routes(backing, gate):
         app.router.add_route(route.method, route.path, gate.guard(route))
     contract, health = Contract(), Health(backing, unready)

@@ -12,6 +12,7 @@ from typing import Final, NamedTuple
 from aiohttp import hdrs, web
 
 from tidings.identity import Caller, Device, Verifier
+from tidings.runtime.porch import Porch
 from tidings.runtime.settings import Settings
 from tidings.stream.revocations import Revocations
 from tidings.wire.errors import BadSubject, NotAuthenticated
@@ -59,12 +60,18 @@ class Route(NamedTuple):
 class Gate:
     """Lets requests of tokens through that `verifier` knows and nobody has revoked.
 
-    `clock` gives seconds that never go back.
+    Their connections are let in from the porch. `clock` gives seconds that never go back.
     """
 
     def __init__(
-        self, settings: Settings, verifier: Verifier, revocations: Revocations, clock: Callable[[], float]
+        self,
+        settings: Settings,
+        verifier: Verifier,
+        revocations: Revocations,
+        porch: Porch,
+        clock: Callable[[], float],
     ) -> None:
+        self._porch = porch
         self._verifier = verifier
         self._revocations = revocations
         self._services = Limiter(Policy("credential", settings.api_requests_per_minute, _MINUTE), clock)
@@ -88,6 +95,7 @@ class Gate:
 
     async def _pass(self, request: web.Request, route: Route, verdicts: list[Verdict]) -> web.StreamResponse:
         who = await self._authenticate(request)
+        self._porch.let_in(request.protocol)
         # A user and a service of one name are two.
         name = f"s:{who.name}" if isinstance(who, Caller) else f"u:{who.user}"
         with self._room.of(name):

@@ -78,11 +78,7 @@ class Idempotency:
     async def claim(self, key: IdempotencyKey, path: str, document: Any) -> None:
         """Note durably what the key is for; raises `Refused` where it is for something else."""
         # The order of members and blanks between them say nothing.
-        try:
-            content = orjson.dumps([path, document], option=orjson.OPT_SORT_KEYS)
-        except orjson.JSONEncodeError:
-            # What is read may be nested deeper than what is written.
-            raise Refused("malformed_json", "the body is nested too deeply for a request with a key") from None
+        content = orjson.dumps([path, document], option=orjson.OPT_SORT_KEYS)
         fingerprint = hashlib.sha256(content).hexdigest().encode()
         if await once.first(self._connection, KEYS, CLAIMED, key.name, fingerprint) != fingerprint:
             raise Refused(

@@ -21,7 +21,7 @@ from aiohttp import hdrs, web
 from tidings.wire import codes
 from tidings.wire.errors import BadPosition, BadSubject, BadTopic, InvalidNotification, NotAuthenticated, TidingsError
 
-__all__ = ["Path", "Refused", "as_refusal", "located", "pointer_to", "response"]
+__all__ = ["Path", "Refused", "as_refusal", "located", "of_status", "pointer_to", "response"]
 
 Path = tuple[str | int, ...]
 """Where in a body: members and indices, from its root."""
@@ -100,6 +100,13 @@ def located(at: Path) -> Iterator[None]:
 
 def _known(code: str, otherwise: str) -> str:
     return code if codes.problem_of(code) is not None else otherwise
+
+
+def of_status(status: int) -> web.Response:
+    """The answer to what is no HTTP, and to what failed outside of every handler."""
+    if status < 500:
+        return response(Refused("bad_request", "it cannot be read as HTTP/1.1, or a part of it is too long"))
+    return response(Refused("internal", "this api agent made a mistake: its log has it"))
 
 
 def _of_router(error: web.HTTPException) -> Refused:

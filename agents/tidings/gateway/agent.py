@@ -121,7 +121,7 @@ class Gateway(Service):
     async def _listen(self) -> None:
         assert self._porch is not None
         assert self._door is not None
-        app = web.Application(middlewares=[self._porch.middleware()])
+        app = web.Application()
         app.router.add_get("/v1/ws", self._door.handle)
         app.router.add_get("/healthz", self._healthz)
         app.router.add_get("/readyz", self._readyz)

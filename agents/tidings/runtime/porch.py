@@ -1,7 +1,7 @@
-"""Who stands before the door: connections that have said neither a request nor a hello.
+"""Who stands before the door: connections that have not said whose they are.
 
-They cost memory and an open file each, and nobody knows whose they are. An honest client says hello in one round trip,
-so above the limit the one that has said nothing for longest goes: many silent connections keep nobody out. No limit
+They cost memory and an open file each. An honest client says hello, or shows its token, in one round trip, so above
+the limit the one that has kept silent about it for longest goes: many such connections keep nobody out. No limit
 goes by address, because behind a proxy all clients have the same one.
 """
 
@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any, Final, cast
 
-from aiohttp import web
+from aiohttp import hdrs, web
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.web_protocol import RequestHandler
 from aiohttp.web_server import Server
@@ -27,6 +27,10 @@ _FULL: Final = (
     "Connection: close\r\n\r\n"
 ).encode()
 _FEW: Final = 64
+_SERVER: Final = "tidings"
+
+Refusal = Callable[[int], web.Response]
+"""The answer with a status, to what never came to a handler."""
 
 
 class _Full(asyncio.Protocol):
@@ -52,7 +56,7 @@ class Porch:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def receive(self, server: Server) -> asyncio.Protocol:
+    def receive(self, server: Callable[[], RequestHandler]) -> asyncio.Protocol:
         """The protocol of one more connection."""
         now = self._now()
         if len(self._waiting) >= self._sweep_at:
@@ -69,7 +73,7 @@ class Porch:
         return protocol
 
     def let_in(self, protocol: RequestHandler) -> None:
-        """It has said who it is, or what it wants."""
+        """It has said who it is."""
         self._waiting.pop(protocol, None)
 
     def _sweep(self) -> None:
@@ -80,36 +84,56 @@ class Porch:
         }
         self._sweep_at = min(self._most, max(_FEW, 2 * len(self._waiting)))
 
-    def middleware(self) -> Callable[..., Awaitable[web.StreamResponse]]:
-        """Lets in who makes a plain request; one for a WebSocket has still to say hello."""
-
-        @web.middleware
-        async def arrived(
-            request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-        ) -> web.StreamResponse:
-            if "Upgrade" not in request.headers:
-                self.let_in(request.protocol)
-            return await handler(request)
-
-        return arrived
-
 
 def _is_ours(record: logging.LogRecord) -> bool:
     """Not what a stranger sent that is no HTTP: anybody could fill the log with that."""
     return record.exc_info is None or not isinstance(record.exc_info[1], HttpProcessingError)
 
 
-class Runner(web.AppRunner):
-    """aiohttp's runner, whose connections come over the porch."""
+def _plainly(status: int) -> web.Response:
+    return web.Response(status=status)
 
-    def __init__(self, app: web.Application, porch: Porch, **options: Any) -> None:
+
+class _Connection(RequestHandler):
+    """aiohttp's connection; what it refuses by itself, it answers in our words, which repeat none of the request."""
+
+    __slots__ = ("_refusal",)
+
+    def __init__(self, server: Server, refusal: Refusal, **options: Any) -> None:
+        super().__init__(server, **options)
+        self._refusal = refusal
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        # It logs, and raises where an answer has begun already.
+        super().handle_error(request, status, exc, message)
+        response = self._refusal(status)
+        response.headers.setdefault(hdrs.SERVER, _SERVER)
+        response.force_close()
+        return response
+
+
+class Runner(web.AppRunner):
+    """aiohttp's runner, whose connections come over the porch. `refusal` is the answer to what is no HTTP (400), and
+    to a request that failed beside its handler (500)."""
+
+    def __init__(self, app: web.Application, porch: Porch, *, refusal: Refusal = _plainly, **options: Any) -> None:
         log = logging.getLogger("tidings.http")
         log.addFilter(_is_ours)
         super().__init__(app, logger=log, **options)
         self._porch = porch
+        self._refusal = refusal
 
     @property
     def server(self) -> Callable[[], asyncio.Protocol] | None:  # type: ignore[override]
         """What sites call for each connection."""
         server = self._server
-        return None if server is None else lambda: self._porch.receive(server)
+        if server is None:
+            return None
+        loop = asyncio.get_running_loop()
+        return lambda: self._porch.receive(lambda: _Connection(server, self._refusal, loop=loop, **self._kwargs))

@@ -1,10 +1,11 @@
 """Checking notifications against the schemas of their types.
 
 A schema describes the whole event, envelope included, and is compiled once. Nothing is ever fetched: a ``$ref`` points
-into its file, or to the ``$id`` of another file. Patterns run on an engine whose time grows with the text alone
-(no backtracking, hence no look-around and no back-references); a body's nesting is bounded by the JSON parser
-(1,024), and its size by the envelope (16 KiB). What a violation says names the place and the rule, never the value:
-it goes to logs. (`tidings.schema.references` has the one case in which it does not name the place.)
+into its file, or to the ``$id`` of another file. Patterns run on an engine whose time grows with the text alone (no
+backtracking, hence no look-around and no back-references); a body's nesting (250) and its size (16 KiB) are bounded by
+the envelope: deeper than 255 the validator cannot say what is wrong. What a violation says names the place and the
+rule, never the value: it goes to logs. (`tidings.schema.references` has the one case in which it does not name the
+place.)
 """
 
 from __future__ import annotations
@@ -52,6 +53,13 @@ class Schemas:
         self._refuses_unknown = unknown == "refuse"
         # One that comes later replaces one of the same type.
         self._documents = {document.type: document for document in documents}
+        by_uri: dict[str, Document] = {}
+        for document in self._documents.values():
+            other = by_uri.setdefault(document.uri, document)
+            if other is not document:
+                raise BadSettings(
+                    f"{document.place} and {other.place} have one `$id`, {document.uri!r}: give each its own"
+                )
         try:
             registry = Registry(
                 [(document.uri, document.schema) for document in self._documents.values()], draft=Draft202012
@@ -59,7 +67,6 @@ class Schemas:
         except (ValueError, ReferencingError) as error:
             raise BadSettings(f"the schemas do not fit together: {_first_line(error)}") from None
         self._validators = {name: _compile(document, registry) for name, document in self._documents.items()}
-        by_uri = {document.uri: document for document in self._documents.values()}
         self._unlocated = {name for name, document in self._documents.items() if leads_back(document, by_uri)}
         """Types of whose violations it is not said where they are."""
 

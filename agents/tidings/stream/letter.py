@@ -65,7 +65,7 @@ class Letter(NamedTuple):
             return None
 
     def describe(self, *, body: bool = True) -> dict[str, Any]:
-        """As a JSON-ready object; the bytes as ``notification`` where they are JSON, else as ``base64``."""
+        """As a JSON-ready object; the bytes as `readable` has them."""
         return {
             "id": self.sequence,
             "plane": self.plane,
@@ -95,11 +95,16 @@ def _number(text: str | None) -> int | None:
 
 
 def readable(body: bytes) -> dict[str, Any]:
-    """A message's bytes in a JSON-ready object: as ``notification`` where they are JSON, else as ``base64``."""
+    """A message's bytes in a JSON-ready object: as ``notification`` where they are JSON, else as ``base64``.
+
+    JSON that is nested too deeply to be written again comes as ``base64`` too.
+    """
     try:
-        return {"notification": orjson.loads(body)}
-    except orjson.JSONDecodeError:
+        content = orjson.loads(body)
+        orjson.dumps([[[content]]])
+    except (orjson.JSONDecodeError, orjson.JSONEncodeError):
         return {"base64": base64.b64encode(body).decode()}
+    return {"notification": content}
 
 
 class Filter(NamedTuple):

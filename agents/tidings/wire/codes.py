@@ -111,6 +111,7 @@ ERRORS: Final = (
 )
 
 PROBLEMS: Final = (
+    Problem("bad_request", 400, "the request is no HTTP that is understood here", False),
     Problem("malformed_json", 400, "the body is not JSON, or nested too deeply", False),
     Problem("body_incomplete", 400, "the body ended before its end", True),
     Problem("bad_parameter", 400, "a parameter of the path, the query or a header is not what it must be", False),

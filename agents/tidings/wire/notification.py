@@ -3,7 +3,7 @@
 Attributes: ``id``, ``source``, ``type``, ``specversion`` (always ``1.0``) are required;
 ``time``, ``subject``, ``datacontenttype``, ``dataschema`` and ``data`` are the standard's own; ``topic``,
 ``collapsekey``, ``priority``, ``expires`` and ``traceparent`` are the extensions that Tidings understands;
-other extension attributes pass through. The body is UTF-8 JSON of at most 16 KiB.
+other extension attributes pass through. The body is UTF-8 JSON of at most 16 KiB, nested no deeper than 250 levels.
 
 Source: CloudEvents 1.0.2, sections "Context Attributes" and "Type System".
 """
@@ -19,9 +19,11 @@ import orjson
 
 from .errors import InvalidNotification
 
-__all__ = ["MAX_BODY_BYTES", "MAX_NAME", "PRIORITIES", "Envelope", "build", "check", "read"]
+__all__ = ["MAX_BODY_BYTES", "MAX_DEPTH", "MAX_NAME", "PRIORITIES", "Envelope", "build", "check", "read"]
 
 MAX_BODY_BYTES: Final = 16 * 1024
+MAX_DEPTH: Final = 250
+"""Most levels of objects and lists, the event itself included: JSON libraries end at 255 and more."""
 MAX_NAME: Final = 256
 """Longest ``id``, ``source`` and ``type``, in characters."""
 PRIORITIES: Final = ("low", "normal", "high", "urgent")
@@ -57,6 +59,8 @@ def read(body: bytes) -> tuple[Envelope, dict[str, Any]]:
         raise InvalidNotification(f"the body is not UTF-8 JSON: {error}") from None
     if type(event) is not dict:
         raise InvalidNotification("the body is not a JSON object")
+    if body.count(b"[") + body.count(b"{") > MAX_DEPTH and _is_deep(event):
+        raise InvalidNotification(f"the body is nested too deeply: at most {MAX_DEPTH} levels are allowed")
     if event.get("specversion") != "1.0":
         raise InvalidNotification(
             '`specversion` must be "1.0": send a CloudEvents 1.0 event in structured JSON mode', "/specversion"
@@ -72,6 +76,17 @@ def read(body: bytes) -> tuple[Envelope, dict[str, Any]]:
         else:
             _check_extension(name, event[name])
     return Envelope(event["id"], event["type"], event.get("topic")), event
+
+
+def _is_deep(event: dict[str, Any]) -> bool:
+    """If there are more than `MAX_DEPTH` levels."""
+    level: list[Any] = [event]
+    for _ in range(MAX_DEPTH):
+        inner = (value for outer in level for value in (outer.values() if type(outer) is dict else outer))
+        level = [value for value in inner if type(value) in (dict, list)]
+        if not level:
+            return False
+    return True
 
 
 def _check_optional(name: str, value: Any) -> None:
