@@ -13,11 +13,14 @@ from support.clock import PATIENCE_S
 from support.command import answer
 from support.ledger import stored_ids
 from support.mesh import Mesh
+from tidings.fanout.agent import FanoutAgent
+from tidings.inbox.agent import InboxAgent
 from tidings.publish import Publisher, SchemaViolation
 from tidings.schema import Schemas
 from tidings.wire import subject
 from tidings.wire.errors import InvalidNotification
 from tidings.wire.notification import build
+from tidings.wire.position import Position
 
 
 @pytest.fixture
@@ -164,3 +167,35 @@ async def test_publish_command(mesh: Mesh) -> None:
     assert "`/data/text`" in ran.errors[0]
     ran = await answer(*sent, '{"text":"hi"}', TIDINGS_NATS_URL=mesh.settings.nats_url)
     assert ran.process.returncode == 0
+
+
+async def test_mistakes_of_ours(mesh: Mesh, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """A notification on which an agent fails is one dead letter, at whichever agent, and the rest flows."""
+
+    def judge(schemas: Schemas, type: str, event: dict[str, Any]) -> None:
+        if event["data"] == "strange":
+            raise RuntimeError("nobody foresaw it")
+
+    monkeypatch.setattr(Schemas, "check_event", judge)
+    await mesh.store.subscribe("alice", ["post.42"], 100, Position(0, 0))
+    agents = InboxAgent(mesh.settings, mesh.store), FanoutAgent(mesh.settings, mesh.store)
+    try:
+        for agent in agents:
+            await agent.start()
+        for where in (subject.notify_user("alice"), subject.notify_topic("post.42")):
+            await store(mesh, where, f"bad {where}", "strange")
+            await store(mesh, where, f"good {where}", "ordinary")
+        found = await letters(mesh, 2)
+        await mesh.stored("alice", "good notify.user.alice", "good notify.topic.post.42")
+    finally:
+        for agent in agents:
+            await agent.stop()
+    assert {(letter["tidings-reason"], letter["tidings-detail"]) for letter in found} == {
+        ("unreadable", "reading it failed: RuntimeError: nobody foresaw it")
+    }
+    assert sorted(json.loads(letter["body"])["id"] for letter in found) == [
+        "bad notify.topic.post.42",
+        "bad notify.user.alice",
+    ]
+    assert len(await stored_ids(mesh.store, "alice")) == 2
+    assert "reading a notification failed" in caplog.text

@@ -10,6 +10,7 @@ place.)
 
 from __future__ import annotations
 
+import logging
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -19,7 +20,7 @@ from jsonschema_rs import Draft202012, Draft202012Validator, ReferencingError, R
 
 from tidings.runtime.settings import Settings
 from tidings.wire import notification
-from tidings.wire.errors import BadSettings, SchemaViolation
+from tidings.wire.errors import BadSettings, InvalidNotification, SchemaViolation, Unreadable
 from tidings.wire.notification import Envelope
 
 from .folder import Document, own, shipped
@@ -32,6 +33,8 @@ _LONGEST: Final = 300
 _REGEX_BYTES: Final = 1024 * 1024
 """A pattern that compiles to more is refused."""
 _SHARES: Final = 2**32
+
+log = logging.getLogger("tidings.schema")
 
 
 class EventType(NamedTuple):
@@ -121,8 +124,24 @@ class Schemas:
 def reader(settings: Settings) -> Callable[[bytes], Envelope]:
     """What an agent reads notifications with: their envelope, and their schema as ``schema_check`` says.
 
-    What is sampled follows from the id, so that every agent checks the same ones. Raises `BadSettings`.
+    It raises `InvalidNotification` and nothing else: of a message that made an agent fail, every agent would fail, at
+    each redelivery. What is sampled follows from the id, so that every agent checks the same ones. Raises `BadSettings`.
     """
+    read = _reader(settings)
+
+    def foolproof(body: bytes) -> Envelope:
+        try:
+            return read(body)
+        except InvalidNotification:
+            raise
+        except Exception as error:
+            log.exception("reading a notification failed")
+            raise Unreadable(f"reading it failed: {type(error).__name__}: {error}") from error
+
+    return foolproof
+
+
+def _reader(settings: Settings) -> Callable[[bytes], Envelope]:
     schemas = Schemas.checking(settings)
     if schemas is None:
         return notification.check

@@ -37,6 +37,7 @@ __all__ = [
     "TidingsError",
     "TooManySubscriptions",
     "TopologyMismatch",
+    "Unreadable",
 ]
 
 
@@ -103,6 +104,12 @@ class SchemaViolation(InvalidNotification):
     def __init__(self, pointer: str, problem: str) -> None:
         super().__init__(f"{f'`{pointer[:200]}`' if pointer else 'the event'}: {problem}")
         self.pointer = pointer
+
+
+class Unreadable(InvalidNotification):
+    """What made reading a notification fail in a way that nobody foresaw: the mistake is ours, and the log has it."""
+
+    code = "unreadable"
 
 
 class NotAuthenticated(TidingsError):
