@@ -125,7 +125,7 @@ def reader(settings: Settings) -> Callable[[bytes], Envelope]:
     """What an agent reads notifications with: their envelope, and their schema as ``schema_check`` says.
 
     It raises `InvalidNotification` and nothing else: of a message that made an agent fail, every agent would fail, at
-    each redelivery. What is sampled follows from the id, so that every agent checks the same ones. Raises `BadSettings`.
+    each redelivery. What is sampled follows from the id: every agent checks the same ones. Raises `BadSettings`.
     """
     read = _reader(settings)
 
