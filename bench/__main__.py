@@ -67,8 +67,9 @@ _QUICK_TOPICS: Final = {
 _QUICK_LEAVING: Final = {
     "devices": 100,
     "rate": 50,
-    "seconds": 14.0,
+    "seconds": 8.0,
     "storm_seconds": 3.0,
+    "between_s": 0.2,
     "repeats": 1,
     "partitions": 8,
     "settle_s": 0.2,

@@ -26,7 +26,6 @@ _TWO: Final = "gateway-2"
 _BACK_S: Final = 120.0
 _COLLECT_S: Final = 30.0
 _LOOK_S: Final = 0.02
-_BETWEEN_S: Final = 2.0
 _SETTLE_S: Final = 60.0
 """What a device was sent and did not acknowledge before it went comes again after `ack_wait_s` at the latest."""
 
@@ -45,6 +44,8 @@ class LeavingPlan:
     partitions: int = 64
     size: int = 240
     at_once: int = 64
+    between_s: float = 2.0
+    """Of calm before a gateway leaves, and after one has come back."""
     settle_s: float = 4.0
     cores: Cores = EVERYWHERE
 
@@ -104,7 +105,7 @@ class LeavingRepeat:
             self._say(f"{name} has left in {time.monotonic() - began:.1f} s")
             self._ports[name] = await self._mesh.start_gateway(name)
             await self._balance(name, other)
-            await asyncio.sleep(_BETWEEN_S)
+            await asyncio.sleep(self._plan.between_s)
 
     async def _kill(self) -> None:
         await self._mesh.kill_agent(_ONE)
@@ -124,7 +125,7 @@ class LeavingRepeat:
                 message_id=True,
             )
         )  # fmt: skip
-        await asyncio.sleep(_BETWEEN_S)
+        await asyncio.sleep(self._plan.between_s)
         queue = asyncio.ensure_future(self._watch_queue(f"{kind}_api_requests"))
         await mesh.load.ask("come_back", at_once=kind == "storm")
         await event()
