@@ -70,6 +70,7 @@ _QUICK_LEAVING: Final = {
     "seconds": 8.0,
     "storm_seconds": 3.0,
     "between_s": 0.2,
+    "ack_wait_s": 2.0,
     "repeats": 1,
     "partitions": 8,
     "settle_s": 0.2,

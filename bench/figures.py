@@ -100,7 +100,7 @@ def _returns(kind: str, text: str) -> Iterable[Figure]:
     yield Figure(f"{kind}_failed", f"{text}: failed without a word", "connects")
     yield Figure(f"{kind}_p50_ms", f"{text}: publish to device, absences included, p50", "ms", 1)
     yield Figure(f"{kind}_p99_ms", f"{text}: publish to device, absences included, p99", "ms")
-    yield Figure(f"{kind}_copies", f"{text}: notifications that came twice", "")
+    yield Figure(f"{kind}_copies", f"{text}: came twice", "notifications")
     yield Figure(f"{kind}_api_requests", f"{text}: most requests waiting at JetStream's API", "requests")
 
 

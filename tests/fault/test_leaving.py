@@ -181,12 +181,12 @@ async def test_leaving_while_the_store_is_locked(mesh: Mesh) -> None:
 
 
 async def test_all_back_at_once(mesh: Mesh) -> None:
-    """300 devices of a killed gateway at the door of one that starts two at a time: told when to come, and served."""
+    """150 devices of a killed gateway at the door of one that starts two at a time: told when to come, and served."""
     first = await mesh.gateway()
     small = await mesh.gateway(consumer_starts=2, api_requests=2, start_wait_s=0.1)
     await mesh.inbox()
     ports = [first.port]
-    async with crowd(300, lambda: ports[0]) as devices:
+    async with crowd(150, lambda: ports[0]) as devices:
         async with load(mesh, list(devices)):
             ports[0] = small.port
             await first.kill_agent()
