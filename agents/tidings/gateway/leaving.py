@@ -54,6 +54,8 @@ class Leaving:
         self._keeper = keeper
         self._began: float | None = None
         """When the first device was sent away."""
+        self._back_per_s = 0.0
+        """How many a second are told to be back."""
         self._sent = 0
         self._settled = False
         self._flushed_at = 0.0
@@ -66,6 +68,7 @@ class Leaving:
         waiting = [session for session in hub.by_id.values() if session.socket is not None]
         per_s = max(settings.drain_per_s, len(waiting) / settings.drain_s) if settings.drain_s else float("inf")
         log.info("%d devices are sent away, %.0f a second", len(waiting), per_s)
+        self._begin(len(waiting))
         sockets: list[Socket] = []
         began, at = hub.now(), 0
         while at < len(waiting):
@@ -80,7 +83,15 @@ class Leaving:
     async def stop(self) -> None:
         """Send everybody away at once who is still here."""
         self._door.shut()
-        await self._finish(list(filter(None, map(self._send_away, list(self._hub.by_id.values())))))
+        sessions = list(self._hub.by_id.values())
+        self._begin(len(sessions))
+        await self._finish(list(filter(None, map(self._send_away, sessions))))
+
+    def _begin(self, count: int) -> None:
+        if self._began is None:
+            self._began = self._hub.now()
+            # Of very many, more a second come back, because nobody is told to stay away for long.
+            self._back_per_s = max(self._hub.settings.drain_per_s, count / _LONGEST_S)
 
     async def _finish(self, sockets: list[Socket]) -> None:
         for session in list(self._hub.by_id.values()):
@@ -97,12 +108,10 @@ class Leaving:
         return socket
 
     def _come_back_ms(self) -> int:
-        now = self._hub.now()
-        if self._began is None:
-            self._began = now
-        due = self._began + self._sent / self._hub.settings.drain_per_s
+        assert self._began is not None
+        due = self._began + self._sent / self._back_per_s
         self._sent += 1
-        return int(1000 * (min(max(0.0, due - now), _LONGEST_S) + random.uniform(0, _SPREAD_S)))
+        return int(1000 * (max(0.0, due - self._hub.now()) + random.uniform(0, _SPREAD_S)))
 
     def _flush_soon(self) -> None:
         now = self._hub.now()
