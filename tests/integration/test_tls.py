@@ -71,6 +71,33 @@ async def test_devices_over_tls(mesh: Mesh, authority: Authority) -> None:
     assert b"HTTP" not in answered
 
 
+async def test_listen_finds_a_gateway_of_the_settings(mesh: Mesh, authority: Authority) -> None:
+    """Without `--url` the settings say whether the gateway has TLS."""
+    pair = authority.pair("gateway")
+    gateway = await mesh.gateway(**settings_for(pair))
+    ran = await answer(
+        *("listen", "--user", "alice", "--ca", str(authority.ca), "--token", "none", "--state", str(authority.folder)),
+        TIDINGS_PORT=str(gateway.port),
+        TIDINGS_TLS_CERTIFICATE=str(pair[0]),
+        TIDINGS_TLS_KEY=str(pair[1]),
+        **_environment(mesh.settings),
+    )
+    assert "4401" in ran.sentence()
+
+
+async def test_who_does_not_shake_hands(mesh: Mesh, authority: Authority) -> None:
+    """Who connects and says nothing of TLS is dropped as early as who says no hello."""
+    gateway = await mesh.gateway(hello_timeout_s=0.5, **settings_for(authority.pair("gateway")))
+    reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            assert await reader.read() == b""
+    except ConnectionResetError:
+        pass
+    finally:
+        writer.close()
+
+
 async def test_who_is_not_trusted(mesh: Mesh, authority: Authority, tmp_path: Path) -> None:
     """A client refuses another authority's certificate, and one for another name; TLS before 1.2 gets no handshake."""
     gateway = await mesh.gateway(**settings_for(authority.pair("gateway", "push.example.com")))
