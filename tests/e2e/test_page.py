@@ -16,7 +16,7 @@ import pytest
 from playwright.async_api import Locator, Page, Route, WebSocket, expect
 
 from support.browser import open_page
-from support.clock import until
+from support.clock import PATIENCE_S, until
 from support.command import answer
 from support.dev import Dev, dev, in_inbox
 from tidings.dev.state import read_key
@@ -337,7 +337,7 @@ async def test_tokens_are_renewed(mesh: Dev, tmp_path: Path) -> None:
 
     async def short(route: Route) -> None:
         asked = route.request.post_data_json
-        await route.fulfill(json={"token": issue(key, asked["user"], asked["device"], ttl_s=2)})
+        await route.fulfill(json={"token": issue(key, asked["user"], asked["device"], ttl_s=5)})
 
     def watch(socket: WebSocket) -> None:
         def received(payload: str | bytes) -> None:
@@ -348,12 +348,16 @@ async def test_tokens_are_renewed(mesh: Dev, tmp_path: Path) -> None:
         socket.on("framereceived", received)
 
     async with open_page(mesh.url) as page:
+        # All of what the page opens at first has come before anybody looks.
+        await cards(page)
         await page.route("**/dev/token", short)
         page.on("websocket", watch)
         await page.reload()
         await cards(page)
         # The welcome says it first.
         await until(
-            lambda: len(renewed) == 3 and min(renewed.values()) >= 3, "every device has renewed its token twice"
+            lambda: len(renewed) == 3 and min(renewed.values()) >= 3,
+            "every device has renewed its token twice",
+            2 * PATIENCE_S,
         )
         assert len(sockets) == 3

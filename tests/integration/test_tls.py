@@ -21,6 +21,7 @@ from support.mesh import KEY, PARTITIONS, Mesh
 from tidings.client import Client
 from tidings.identity import issue
 from tidings.runtime.settings import Settings
+from tidings.runtime.tls import ServerTls, _stamp
 from tidings.stream.connection import Connection, connect
 from tidings.stream.server import NatsServer, NatsTls
 from tidings.wire.errors import BadSettings, StreamUnavailable
@@ -68,6 +69,33 @@ async def test_devices_over_tls(mesh: Mesh, authority: Authority) -> None:
         answered = await reader.read()
     writer.close()
     assert b"HTTP" not in answered
+
+
+async def test_listen_finds_a_gateway_of_the_settings(mesh: Mesh, authority: Authority) -> None:
+    """Without `--url` the settings say whether the gateway has TLS."""
+    pair = authority.pair("gateway")
+    gateway = await mesh.gateway(**settings_for(pair))
+    ran = await answer(
+        *("listen", "--user", "alice", "--ca", str(authority.ca), "--token", "none", "--state", str(authority.folder)),
+        TIDINGS_PORT=str(gateway.port),
+        TIDINGS_TLS_CERTIFICATE=str(pair[0]),
+        TIDINGS_TLS_KEY=str(pair[1]),
+        **_environment(mesh.settings),
+    )
+    assert "4401" in ran.sentence()
+
+
+async def test_who_does_not_shake_hands(mesh: Mesh, authority: Authority) -> None:
+    """Who connects and says nothing of TLS is dropped as early as who says no hello."""
+    gateway = await mesh.gateway(hello_timeout_s=0.5, **settings_for(authority.pair("gateway")))
+    reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            assert await reader.read() == b""
+    except ConnectionResetError:
+        pass
+    finally:
+        writer.close()
 
 
 async def test_who_is_not_trusted(mesh: Mesh, authority: Authority, tmp_path: Path) -> None:
@@ -152,6 +180,48 @@ async def test_a_gateway_that_cannot_have_its_pair(mesh: Mesh, authority: Author
     ran = await answer("gateway", "--port", "0", **settings, **_environment(mesh.settings))
     assert ran.process.returncode == 1
     assert re.search(words, ran.sentence()), ran.sentence()
+
+
+async def test_a_pair_that_may_be_read_at_last(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A renewed key that the agent may not read: once it may, which changes nothing in the file, it is used."""
+    certificate, key = authority.pair("gateway")
+    tls = ServerTls(str(certificate), str(key), 0.02)
+    first = tls._newest
+    read_text = Path.read_text
+
+    def read_as_nobody_special(path: Path, *args: Any, **options: Any) -> str:
+        if not path.stat().st_mode & 0o400:
+            raise PermissionError(13, "Permission denied")
+        return read_text(path, *args, **options)
+
+    monkeypatch.setattr(Path, "read_text", read_as_nobody_special)
+    authority.pair("gateway")
+    key.chmod(0)
+    watching = asyncio.create_task(tls.watch())
+    try:
+        await until(lambda: tls._stamp == tls._seen == _stamp(tls._files), "the new pair was looked at")
+        assert tls._newest is first
+        key.chmod(0o600)
+        await until(lambda: tls._newest is not first, "the new pair is used")
+    finally:
+        watching.cancel()
+
+
+async def test_a_key_that_goes_while_it_is_read(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are replaced at any moment, also between the reading of a key and the look at its permissions."""
+    certificate, key = authority.pair("gateway")
+    tls = ServerTls(str(certificate), str(key))
+    load = ssl.SSLContext.load_cert_chain
+
+    def load_and_lose(context: ssl.SSLContext, *args: Any, **options: Any) -> None:
+        load(context, *args, **options)
+        key.unlink()
+
+    authority.pair("gateway")
+    monkeypatch.setattr(ssl.SSLContext, "load_cert_chain", load_and_lose)
+    tls._look()
+    tls._look()
+    assert not key.exists()
 
 
 async def test_what_is_warned_of(mesh: Mesh, authority: Authority) -> None:

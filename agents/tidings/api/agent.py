@@ -119,6 +119,7 @@ class Api(Service):
             settings.api_port,
             backlog=1024,
             tls=tls,
+            handshake_s=settings.hello_timeout_s,
             variable="TIDINGS_API_PORT",
         )
 

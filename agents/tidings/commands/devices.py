@@ -43,7 +43,8 @@ def _listen(args: argparse.Namespace) -> int:
     settings = load(args)
     escape(args.user)
     mesh = running(args.state) if args.url is None else None
-    url = args.url or (mesh.ws_url if mesh else f"ws://{settings.host}:{settings.port}/v1/ws")
+    scheme = "wss" if settings.tls_certificate else "ws"
+    url = args.url or (mesh.ws_url if mesh else f"{scheme}://{settings.host}:{settings.port}/v1/ws")
     if args.token is None:
         sign(args, settings, DEFAULT_TTL_S)  # what is wrong with the key or the names is said before anything is tried
     # With the key at hand each connection gets a token of its own: none expires while this listens.

@@ -143,7 +143,14 @@ class Gateway(Service):
         if tls is not None:
             self.spawn(tls.watch())
         self.port = await listen(
-            self._runner, "gateway", settings.host, settings.port, backlog=4096, tls=tls, variable="TIDINGS_PORT"
+            self._runner,
+            "gateway",
+            settings.host,
+            settings.port,
+            backlog=4096,
+            tls=tls,
+            handshake_s=settings.hello_timeout_s,
+            variable="TIDINGS_PORT",
         )
 
     # From NATS

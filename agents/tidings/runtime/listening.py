@@ -13,12 +13,43 @@ from .tls import ServerTls
 __all__ = ["listen"]
 
 
+class _Site(web.TCPSite):
+    """aiohttp's, which would give a client asyncio's 60 s to shake hands in."""
+
+    def __init__(
+        self, runner: web.AppRunner, host: str, port: int, backlog: int, tls: ServerTls | None, handshake_s: float
+    ) -> None:
+        super().__init__(runner, host, port, backlog=backlog, ssl_context=None if tls is None else tls.context)
+        self._handshake_s = None if tls is None else handshake_s
+
+    async def start(self) -> None:
+        await web.BaseSite.start(self)
+        server = self._runner.server
+        assert server is not None
+        self._server = await asyncio.get_running_loop().create_server(
+            server,
+            self._host,
+            self._port,
+            ssl=self._ssl_context,
+            backlog=self._backlog,
+            ssl_handshake_timeout=self._handshake_s,
+        )
+
+
 async def listen(
-    runner: web.AppRunner, what: str, host: str, port: int, *, backlog: int, tls: ServerTls | None, variable: str
+    runner: web.AppRunner,
+    what: str,
+    host: str,
+    port: int,
+    *,
+    backlog: int,
+    tls: ServerTls | None,
+    handshake_s: float,
+    variable: str,
 ) -> int:
     """Set `runner` up and serve it; returns the port. Raises `StartFailed`, which names `what` and `variable`."""
     await runner.setup()
-    site = web.TCPSite(runner, host, port, backlog=backlog, ssl_context=None if tls is None else tls.context)
+    site = _Site(runner, host, port, backlog, tls, handshake_s)
     try:
         # Cancelled half-way, asyncio would leave a socket that listens and that nobody has.
         listening = asyncio.ensure_future(site.start())

@@ -37,7 +37,7 @@ _KEY: Final = "PRIVATE KEY-----"
 
 log = logging.getLogger("tidings.tls")
 
-_Stamp = tuple[tuple[int, int, int, int] | None, ...]
+_Stamp = tuple[tuple[int, ...] | None, ...]
 
 
 class ServerTls:
@@ -123,16 +123,16 @@ def server_tls(settings: Settings) -> ServerTls | None:
 
 
 def _stamp(paths: Sequence[str]) -> _Stamp:
-    """Something that changes when a file does, also by the symbolic link that leads to it."""
+    """Something that changes when a file does, or who may read it, also by the symbolic link that leads to it."""
     return tuple(map(_stamp_of, paths))
 
 
-def _stamp_of(path: str) -> tuple[int, int, int, int] | None:
+def _stamp_of(path: str) -> tuple[int, ...] | None:
     try:
         found = os.stat(path)
     except (OSError, ValueError):
         return None
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_mode, found.st_uid, found.st_gid
 
 
 def _server_context(certificate: str, key: str) -> ssl.SSLContext:
@@ -206,7 +206,12 @@ def _reason(error: Exception) -> str:
 
 
 def _warn_of_readers(name: str, key: str) -> None:
-    if os.stat(key).st_mode & stat.S_IRWXO:
+    try:
+        mode = os.stat(key).st_mode
+    except OSError:
+        # Replaced a moment after it was read: the next look finds the one that took its place.
+        return
+    if mode & stat.S_IRWXO:
         log.warning("everybody on this machine may read the private key %s (%s): `chmod o-rwx` it", key, name)
 
 
