@@ -6,9 +6,8 @@ is promised to a device is a slot of its own on a virtual clock, one after the o
 (the virtual scheduling of the generic cell rate algorithm, ITU-T I.371, annex A). So all of a storm come back evenly
 spread, each once, as fast as they can be served.
 
-The rate is the best of the last seconds during which somebody waited all the time. Rather too high than too low: a
-device that comes too early waits, or is told again, for the price of a handshake; one that is told too late is away
-for nothing.
+The rate is the best of the last seconds during which somebody waited all the time, and half of it again. Rather too
+high than too low: a device that comes too early waits; one that is told too late is away for nothing.
 """
 
 from __future__ import annotations
