@@ -1,4 +1,4 @@
-"""Some a turn of the loop."""
+"""A little of a flood at a time."""
 
 from __future__ import annotations
 
@@ -7,52 +7,68 @@ import asyncio
 from tidings.gateway.pace import Pace
 
 
-async def test_so_many_a_turn_in_order() -> None:
-    """Of a hundred that come together eight pass in each turn of the loop, in the order of asking."""
-    pace, passed = Pace(8), list[tuple[int, int]]()
-    turn = 0
+class Crowd:
+    """Those who come, and who of them has passed."""
 
-    def count() -> None:
-        nonlocal turn
-        turn += 1
-        loop.call_soon(count)
+    def __init__(self, pace: Pace, count: int) -> None:
+        self.passed: list[int] = []
+        self.tasks = [asyncio.create_task(self._come(pace, number)) for number in range(count)]
 
-    async def come(number: int) -> None:
+    async def _come(self, pace: Pace, number: int) -> None:
         await pace.turn()
-        passed.append((turn, number))
+        self.passed.append(number)
 
-    loop = asyncio.get_running_loop()
-    loop.call_soon(count)
-    await asyncio.gather(*map(come, range(100)))
-    assert [number for _, number in passed] == list(range(100))
-    turns = [turn for turn, _ in passed]
-    assert max(map(turns.count, turns)) <= 8
-    # Nor does one turn after the other go by unused.
-    assert turns[-1] - turns[0] <= 100 // 8 + 2
+
+async def test_so_many_a_tick_in_order() -> None:
+    """Of a hundred that come together eight pass in each tick, in the order of asking."""
+    asked: list[int] = []
+
+    def most() -> int:
+        asked.append(len(crowd.passed))
+        return 8
+
+    crowd = Crowd(Pace(most), 100)
+    await asyncio.wait(crowd.tasks)
+    assert crowd.passed == list(range(100))
+    # Each time that the limit was asked for, those of the tick before had passed, and no more.
+    assert asked[-12:] == list(range(8, 100, 8))
+
+
+async def test_nobody_passes_while_nobody_may() -> None:
+    """A limit of nothing holds all, and the next one that is something lets them go on."""
+    limit, asked = 0, 0
+    held = asyncio.Event()
+
+    def most() -> int:
+        nonlocal asked
+        asked += 1
+        if asked > 10:
+            held.set()
+        return limit
+
+    pace = Pace(most)
+    crowd = Crowd(pace, 3)
+    await held.wait()
+    assert crowd.passed == []
+    assert len(pace) == 3
+    limit = 2
+    await asyncio.wait(crowd.tasks)
+    assert crowd.passed == [0, 1, 2]
+    assert len(pace) == 0
 
 
 async def test_who_gives_up_takes_nobodys_place() -> None:
     """A cancelled wait lets the next one through."""
-    pace, passed = Pace(1), list[int]()
-
-    async def come(number: int) -> None:
-        await pace.turn()
-        passed.append(number)
-
-    tasks = [asyncio.create_task(come(number)) for number in range(5)]
+    crowd = Crowd(Pace(lambda: 1), 5)
     await asyncio.sleep(0)
     for number in (1, 2):
-        tasks[number].cancel()
-    await asyncio.wait(tasks)
-    assert passed == [0, 3, 4]
+        crowd.tasks[number].cancel()
+    await asyncio.wait(crowd.tasks)
+    assert crowd.passed == [0, 3, 4]
 
 
-async def test_one_by_one_nobody_waits() -> None:
-    """Without a flood a turn costs nothing: it is taken in the same turn of the loop."""
-    pace = Pace(1)
-    for _ in range(3):
-        waiting = asyncio.ensure_future(pace.turn())
-        await asyncio.sleep(0)
-        assert waiting.done()
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
+async def test_without_a_flood_nobody_waits() -> None:
+    """What comes alone passes at once: in the turn of the loop in which it asked."""
+    crowd = Crowd(Pace(lambda: 1), 1)
+    await asyncio.sleep(0)
+    assert crowd.passed == [0]

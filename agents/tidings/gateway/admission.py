@@ -6,9 +6,8 @@ is promised to a device is a slot of its own on a virtual clock, one after the o
 (the virtual scheduling of the generic cell rate algorithm, ITU-T I.371, annex A). So all of a storm come back evenly
 spread, each once, as fast as they can be served.
 
-The rate is the best of the last seconds during which somebody waited all the time. Rather too high than too low: a
-device that comes too early waits, or is told again, for the price of a handshake; one that is told too late is away
-for nothing.
+The rate is the best of the last seconds during which somebody waited all the time, and half of it again. Rather too
+high than too low: a device that comes too early waits; one that is told too late is away for nothing.
 """
 
 from __future__ import annotations
@@ -25,11 +24,13 @@ _MOST_WAITING: Final = 2048
 """However fast they are served: each costs some 16 KB while it waits."""
 _ASSUMED_PER_S: Final = 500.0
 """Until it is measured."""
-_SLOWEST_PER_S: Final = 50.0
+_SLOWEST_PER_S: Final = 100.0
 """While nothing can be started, as without JetStream, nobody waits for ever."""
 _WINDOW_S: Final = 0.5
 _FORGETS: Final = 0.7
 """What is left of the rate after a window in which less was measured."""
+_HOPE: Final = 1.5
+"""Those who come back are promised so much more than was measured among those who had to be sent away."""
 _LONGEST_S: Final = 30.0
 _JITTER: Final = 0.1
 
@@ -54,9 +55,19 @@ class Admission:
         """Starts a second, as measured while there was a queue."""
 
     @property
+    def soon(self) -> int:
+        """How many are started within `wait_s`, as it looks now."""
+        return min(_MOST_WAITING, max(self._at_once, int(self.per_s * self._wait_s)))
+
+    @property
     def full(self) -> bool:
         """Whoever came now would have to wait for too long."""
-        return self.waiting >= min(_MOST_WAITING, max(self._at_once, int(self.per_s * self._wait_s)))
+        return self.waiting >= self.soon
+
+    @property
+    def busy(self) -> bool:
+        """Enough wait that there is always one for a turn that is free."""
+        return self.waiting >= self._at_once
 
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
@@ -91,7 +102,7 @@ class Admission:
 
     def come_back_ms(self) -> int:
         """Promise a turn to somebody who cannot wait for it here; milliseconds from now, a little at random."""
-        now, step = self._now(), 1 / self.per_s
+        now, step = self._now(), 1 / (_HOPE * self.per_s)
         self._promised = max(self._promised, now + self.waiting * step) + step
         after = self._promised - now
         if after > _LONGEST_S:

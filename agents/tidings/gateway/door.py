@@ -43,8 +43,9 @@ from .socket import Socket
 __all__ = ["Door"]
 
 _RETRY_SPREAD_MS: Final = 3000
-_A_TURN: Final = 8
-"""Handshakes, and hellos, of one turn of the loop: one or two milliseconds of it."""
+_A_TICK: Final = 8
+"""Handshakes, and hellos, of two milliseconds: more than there is time for, but what is started goes on in between."""
+_SELDOM_S: Final = 0.01
 _CROWDED_MS: Final = 30_000
 """How long a device that is one too many stays away."""
 
@@ -71,7 +72,8 @@ class Door:
         self._hub = hub
         self._porch = porch
         self._opener = opener
-        self._handshakes, self._hellos = Pace(_A_TURN), Pace(_A_TURN)
+        self._next_handshake = 0.0
+        self._handshakes, self._hellos = Pace(self._handshakes_now), Pace(lambda: _A_TICK)
         self._authenticator = authenticator
         self._requests = requests
         self._admission = Admission(hub.settings.consumer_starts, hub.settings.start_wait_s, hub.now)
@@ -111,6 +113,19 @@ class Door:
             await socket.gone()
             self._entering.discard(socket)
         return response
+
+    def _handshakes_now(self) -> int:
+        """While enough devices wait to be started only few are let in: whoever waits here costs nothing but memory.
+
+        Those few may have sessions here, which are taken over. What is too much is to be told when to come back.
+        """
+        now = self._hub.now()
+        if not self._admission.busy:
+            return _A_TICK
+        if len(self._handshakes) <= self._admission.soon and now < self._next_handshake:
+            return 0
+        self._next_handshake = now + _SELDOM_S
+        return 1
 
     def shut(self) -> None:
         """Let nobody in any more; who stands in the door is sent elsewhere."""

@@ -163,8 +163,8 @@ async def test_who_has_a_session_here_is_always_let_in(mesh: Mesh) -> None:
     await alice.expect(*await mesh.publish("alice"))
     assert (await bob.connect())["code"] == "overloaded"
     assert await bob.closed() == 4503
-    # Five thousand, at five hundred a second, are before it.
-    assert 10_000 <= (await bob.expect_frame("bye"))["after_ms"] <= 11_100
+    # Five thousand, at five hundred a second and half as many again, are before it.
+    assert 6600 <= (await bob.expect_frame("bye"))["after_ms"] <= 7500
     admission.waiting -= 5000
     assert (await bob.connect())["t"] == "welcome"
     for device in (alice, bob):
