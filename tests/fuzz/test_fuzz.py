@@ -200,7 +200,7 @@ class Attack:
 
     async def look(self) -> None:
         """The agents live, speak of no mistake, hold no session, file or memory of it, and serve a good client."""
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(3 * PATIENCE_S):
             while (sessions := await self._consumers()) or (self.files and self._files() > self.files):
                 await asyncio.sleep(0.05)
         assert not sessions
