@@ -229,115 +229,85 @@ async def apply(connection: Connection, settings: Settings) -> list[Change]:
     return changes
 
 
-def _notify(settings: Settings, number: int) -> dict[str, Any]:
+def _stream(settings: Settings, name: str, description: str, subjects: str, max_age_s: int) -> dict[str, Any]:
+    """What all streams have in common, with room for one notification and its headers."""
     return {
-        "name": notify_stream(number),
-        "description": f"Tidings: personal notifications, partition {number} of {settings.partitions}",
-        "subjects": [subject.part_wildcard(number)],
+        "name": name,
+        "description": f"Tidings: {description}",
+        "subjects": [subjects],
         "storage": "file",
         "num_replicas": settings.replicas,
         "retention": "limits",
         # A full log refuses: dropping the oldest would lose what was accepted.
         "discard": "new",
-        "max_age": settings.stream_max_age_s * 1_000_000_000,
-        "max_bytes": settings.stream_max_bytes,
+        "max_age": max_age_s * 1_000_000_000,
         "max_msg_size": MAX_BODY_BYTES + HEADER_ROOM,
         "max_consumers": settings.stream_max_consumers,
-        "duplicate_window": min(settings.duplicate_window_s, settings.stream_max_age_s) * 1_000_000_000,
-        "allow_direct": True,
-        "metadata": {_PARTITIONS: str(settings.partitions), _INCARNATION: str(time.time_ns() // 1_000_000)},
-    }
-
-
-def _topics(settings: Settings) -> dict[str, Any]:
-    return {
-        "name": TOPICS,
-        "description": "Tidings: what services publish to topics",
-        "subjects": [subject.TOPICS_WILDCARD],
-        "storage": "file",
-        "num_replicas": settings.replicas,
-        "retention": "limits",
-        "discard": "new",
-        "max_age": settings.stream_max_age_s * 1_000_000_000,
-        "max_bytes": settings.stream_max_bytes,
-        "max_msg_size": MAX_BODY_BYTES + HEADER_ROOM,
-        "max_consumers": settings.stream_max_consumers,
-        "duplicate_window": min(settings.duplicate_window_s, settings.stream_max_age_s) * 1_000_000_000,
+        "duplicate_window": min(settings.duplicate_window_s, max_age_s) * 1_000_000_000,
         "allow_direct": True,
         "metadata": {},
     }
 
 
+def _log(settings: Settings, name: str, description: str, subjects: str) -> dict[str, Any]:
+    """A stream of what services publish, and of what comes of it."""
+    config = _stream(settings, name, description, subjects, settings.stream_max_age_s)
+    return {**config, "max_bytes": settings.stream_max_bytes}
+
+
+def _incarnation() -> str:
+    return str(time.time_ns() // 1_000_000)
+
+
+def _notify(settings: Settings, number: int) -> dict[str, Any]:
+    description = f"personal notifications, partition {number} of {settings.partitions}"
+    config = _log(settings, notify_stream(number), description, subject.part_wildcard(number))
+    return {**config, "metadata": {_PARTITIONS: str(settings.partitions), _INCARNATION: _incarnation()}}
+
+
+def _topics(settings: Settings) -> dict[str, Any]:
+    return _log(settings, TOPICS, "what services publish to topics", subject.TOPICS_WILDCARD)
+
+
 def _broadcast(settings: Settings) -> dict[str, Any]:
-    return {
-        **_topics(settings),
-        "name": BROADCAST,
-        "description": "Tidings: topic messages that go to many subscribers as one message",
-        "subjects": [subject.BROADCAST_WILDCARD],
-        "metadata": {_INCARNATION: str(time.time_ns() // 1_000_000)},
-    }
+    description = "topic messages that go to many subscribers as one message"
+    config = _log(settings, BROADCAST, description, subject.BROADCAST_WILDCARD)
+    return {**config, "metadata": {_INCARNATION: _incarnation()}}
+
+
+def _memo(settings: Settings, name: str, description: str, where: str) -> dict[str, Any]:
+    """What is said first holds (`tidings.stream.once`)."""
+    config = _log(settings, name, description, where)
+    # What a duplicate refers to is there for as long as it is known to be one.
+    return {**config, "max_age": 2 * config["duplicate_window"]}
 
 
 def _decisions(settings: Settings) -> dict[str, Any]:
-    window = min(settings.duplicate_window_s, settings.stream_max_age_s) * 1_000_000_000
-    return {
-        **_topics(settings),
-        "name": DECISIONS,
-        "description": "Tidings: how a topic message goes out, decided once",
-        "subjects": [subject.DECIDED],
-        # What a duplicate refers to is there for as long as it is known to be one.
-        "max_age": 2 * window,
-        "duplicate_window": window,
-    }
+    return _memo(settings, DECISIONS, "how a topic message goes out, decided once", subject.DECIDED)
 
 
 def _keys(settings: Settings) -> dict[str, Any]:
-    return {
-        **_decisions(settings),
-        "name": KEYS,
-        "description": "Tidings: what each idempotency key of the HTTP api stands for",
-        "subjects": [subject.CLAIMED],
-    }
+    return _memo(settings, KEYS, "what each idempotency key of the HTTP api stands for", subject.CLAIMED)
 
 
 def _revocations(settings: Settings) -> dict[str, Any]:
     kept_s = int(settings.token_ttl_max_s + 2 * settings.token_leeway_s) + _REVOCATIONS_SPARE_S
+    description = "whose tokens count no more, kept longer than any token lives"
     return {
-        "name": REVOCATIONS,
-        "description": "Tidings: whose tokens count no more, kept longer than any token lives",
-        "subjects": [subject.REVOKED_WILDCARD],
-        "storage": "file",
-        "num_replicas": settings.replicas,
-        "retention": "limits",
-        # The last one of a user, or of a device, is the one that counts. A full stream refuses.
+        **_stream(settings, REVOCATIONS, description, subject.REVOKED_WILDCARD, kept_s),
+        # The last one of a user, or of a device, is the one that counts.
         "max_msgs_per_subject": 1,
-        "discard": "new",
-        "max_age": kept_s * 1_000_000_000,
         "max_msgs": _MAX_REVOCATIONS,
         "max_msg_size": HEADER_ROOM,
-        "max_consumers": settings.stream_max_consumers,
-        "duplicate_window": settings.duplicate_window_s * 1_000_000_000,
-        "allow_direct": True,
-        "metadata": {},
     }
 
 
 def _dead(settings: Settings) -> dict[str, Any]:
+    description = "what could not be understood or delivered, with the reason"
     return {
-        "name": DEAD,
-        "description": "Tidings: what could not be understood or delivered, with the reason",
-        "subjects": [subject.DEAD_WILDCARD],
-        "storage": "file",
-        "num_replicas": settings.replicas,
-        "retention": "limits",
-        "discard": "new",
-        "max_age": settings.dead_max_age_s * 1_000_000_000,
+        **_stream(settings, DEAD, description, subject.DEAD_WILDCARD, settings.dead_max_age_s),
         "max_bytes": -1,
         "max_msg_size": MAX_BODY_BYTES + 4 * HEADER_ROOM,
-        "max_consumers": settings.stream_max_consumers,
-        "duplicate_window": settings.duplicate_window_s * 1_000_000_000,
-        "allow_direct": True,
-        "metadata": {},
     }
 
 
