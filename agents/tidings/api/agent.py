@@ -25,7 +25,6 @@ from tidings.runtime.listening import listen
 from tidings.runtime.porch import Porch, Runner
 from tidings.runtime.service import Service
 from tidings.runtime.settings import Settings
-from tidings.runtime.tls import server_tls
 from tidings.store.guard import GuardedStore
 from tidings.store.port import Store
 from tidings.stream import topology
@@ -109,19 +108,8 @@ class Api(Service):
             lingering_time=_LINGER_S,
             auto_decompress=False,
         )
-        tls = server_tls(settings)
-        if tls is not None:
-            self.spawn(tls.watch())
-        self.port = await listen(
-            self._runner,
-            "api",
-            settings.api_host,
-            settings.api_port,
-            backlog=1024,
-            tls=tls,
-            handshake_s=settings.hello_timeout_s,
-            variable="TIDINGS_API_PORT",
-        )
+        where = settings.api_host, settings.api_port
+        self.port = await listen(self, self._runner, settings, where, backlog=1024, variable="TIDINGS_API_PORT")
 
     def _unready(self) -> Sequence[str]:
         missing = [] if self.ready else [f"the api is {self.state.value}"]

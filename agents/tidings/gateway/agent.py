@@ -21,7 +21,6 @@ from tidings.runtime.listening import listen
 from tidings.runtime.porch import Porch, Runner
 from tidings.runtime.service import Service
 from tidings.runtime.settings import Settings
-from tidings.runtime.tls import server_tls
 from tidings.store.guard import GuardedStore
 from tidings.store.port import Store
 from tidings.stream import gateways, topology
@@ -139,18 +138,8 @@ class Gateway(Service):
             lingering_time=1.0,
         )
         settings = self._settings
-        tls = server_tls(settings)
-        if tls is not None:
-            self.spawn(tls.watch())
         self.port = await listen(
-            self._runner,
-            "gateway",
-            settings.host,
-            settings.port,
-            backlog=4096,
-            tls=tls,
-            handshake_s=settings.hello_timeout_s,
-            variable="TIDINGS_PORT",
+            self, self._runner, settings, (settings.host, settings.port), backlog=4096, variable="TIDINGS_PORT"
         )
 
     # From NATS

@@ -8,7 +8,9 @@ from aiohttp import web
 
 from tidings.wire.errors import StartFailed
 
-from .tls import ServerTls
+from .service import Service
+from .settings import Settings
+from .tls import ServerTls, server_tls
 
 __all__ = ["listen"]
 
@@ -37,19 +39,25 @@ class _Site(web.TCPSite):
 
 
 async def listen(
+    service: Service,
     runner: web.AppRunner,
-    what: str,
-    host: str,
-    port: int,
+    settings: Settings,
+    where: tuple[str, int],
     *,
     backlog: int,
-    tls: ServerTls | None,
-    handshake_s: float,
     variable: str,
 ) -> int:
-    """Set `runner` up and serve it; returns the port. Raises `StartFailed`, which names `what` and `variable`."""
+    """Set `runner` up and serve it at host and port `where`, with TLS if the settings have a certificate.
+
+    Returns the port. Raises `StartFailed`, which names the service, and `variable` for another port. Renewed
+    certificates are looked for by a task of the service.
+    """
     await runner.setup()
-    site = _Site(runner, host, port, backlog, tls, handshake_s)
+    host, port = where
+    tls = server_tls(settings)
+    if tls is not None:
+        service.spawn(tls.watch())
+    site = _Site(runner, host, port, backlog, tls, settings.hello_timeout_s)
     try:
         # Cancelled half-way, asyncio would leave a socket that listens and that nobody has.
         listening = asyncio.ensure_future(site.start())
@@ -60,8 +68,8 @@ async def listen(
             raise
     except OSError as error:
         raise StartFailed(
-            f"the {what} cannot listen on {host}:{port}: {error.strerror or error}. Is something else running there? "
-            f"Choose another with --port or {variable}"
+            f"the {service.name} cannot listen on {host}:{port}: {error.strerror or error}. Is something else running "
+            f"there? Choose another with --port or {variable}"
         ) from None
     found: int = runner.addresses[0][1]
     return found
