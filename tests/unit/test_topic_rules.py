@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidings.runtime.entitlement import Entitlement
+from tidings.identity.rules import Entitlement
 from tidings.wire import subject
 from tidings.wire.errors import BadSettings, BadTopic
 from tidings.wire.topic import MAX_LEVELS, MAX_TOPIC, check_pattern, check_topic, covers_all, meet, patterns_of

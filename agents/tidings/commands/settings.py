@@ -39,8 +39,8 @@ def _settings(args: argparse.Namespace) -> int:
 
 def _problems(file: Path | None) -> list[str]:
     """Of all values, those included that an agent reads only when it starts."""
+    from tidings.identity.rules import Entitlement
     from tidings.identity.web import check_url
-    from tidings.runtime.entitlement import Entitlement
     from tidings.runtime.settings import Settings
     from tidings.schema import Schemas
     from tidings.store.factory import open_store_url

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-from tidings.runtime.entitlement import Entitlement
+from tidings.identity.rules import Entitlement
 from tidings.runtime.settings import Settings
 from tidings.store.port import Store
 from tidings.wire.position import Position

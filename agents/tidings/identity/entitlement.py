@@ -24,10 +24,10 @@ from typing import Final
 import aiohttp
 import orjson
 
-from tidings.runtime.entitlement import Entitlement, is_own
 from tidings.runtime.settings import Settings
 from tidings.wire.errors import EntitlementUnavailable
 
+from .rules import Entitlement, is_own
 from .web import FetchFailed, check_url, fetch
 
 __all__ = ["TopicEntitlement"]
