@@ -10,8 +10,9 @@ import orjson
 from aiohttp import hdrs, web
 
 from tidings.runtime.settings import Settings
+from tidings.wire.pointer import pointer_to
 
-from .problems import Path, Refused, pointer_to
+from .problems import Path, Refused
 
 __all__ = ["choice", "json_body", "listed", "members", "parameters", "text", "whole_number"]
 

@@ -14,13 +14,14 @@ from tidings.stream.topology import BROADCAST_PART
 from tidings.wire import frames
 from tidings.wire.errors import BadPosition, StoreUnavailable
 from tidings.wire.frames import FILTERS, MARKS, MAX_PAGE, MAX_POSITIONS, MarkAs
+from tidings.wire.pointer import pointer_to
 from tidings.wire.position import Place, Plane, Position, parse
 
 from .answers import answer, json_bytes
 from .backing import Backing
 from .bodies import choice, json_body, listed, members, parameters, text, whole_number
 from .gate import Call
-from .problems import Refused, located, pointer_to
+from .problems import Refused, located
 
 __all__ = ["Inbox"]
 

@@ -14,10 +14,11 @@ from tidings.publish import Ready
 from tidings.wire import subject
 from tidings.wire.errors import InvalidNotification
 from tidings.wire.notification import Envelope
+from tidings.wire.pointer import pointer_to
 
 from .bodies import listed, members, text
 from .idempotency import IdempotencyKey
-from .problems import Path, Refused, located, pointer_to
+from .problems import Path, Refused, located
 
 __all__ = ["MAX_AT_ONCE", "Order", "OrderReader"]
 

@@ -20,8 +20,9 @@ from aiohttp import hdrs, web
 
 from tidings.wire import codes
 from tidings.wire.errors import BadPosition, BadSubject, BadTopic, InvalidNotification, NotAuthenticated, TidingsError
+from tidings.wire.pointer import pointer_to
 
-__all__ = ["Path", "Refused", "as_refusal", "located", "of_status", "pointer_to", "response"]
+__all__ = ["Path", "Refused", "as_refusal", "located", "of_status", "response"]
 
 Path = tuple[str | int, ...]
 """Where in a body: members and indices, from its root."""
@@ -117,8 +118,3 @@ def _of_router(error: web.HTTPException) -> Refused:
         headers = {hdrs.ALLOW: allowed}
         detail = f"this address takes {allowed}"
     return Refused(_OF_STATUS[error.status], detail, headers=headers)
-
-
-def pointer_to(*path: str | int) -> str:
-    """A JSON pointer (RFC 6901) to a member of the body."""
-    return "".join("/" + str(step).replace("~", "~0").replace("/", "~1") for step in path)

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from tidings.wire.pointer import steps_of
+
 from .folder import Document
 
 __all__ = ["leads_back"]
@@ -49,8 +51,7 @@ def leads_back(document: Document, documents: Mapping[str, Document]) -> bool:
 
 
 def _at(schema: Any, pointer: str) -> Any:
-    for step in pointer.split("/")[1:]:
-        name = step.replace("~1", "/").replace("~0", "~")
+    for name in steps_of(pointer):
         if isinstance(schema, dict):
             schema = schema.get(name)
         elif isinstance(schema, list) and name.isdigit() and int(name) < len(schema):

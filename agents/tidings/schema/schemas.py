@@ -22,6 +22,7 @@ from tidings.runtime.settings import Settings
 from tidings.wire import notification
 from tidings.wire.errors import BadSettings, InvalidNotification, SchemaViolation, Unreadable
 from tidings.wire.notification import Envelope
+from tidings.wire.pointer import pointer_to
 
 from .folder import Document, own, shipped
 from .references import leads_back
@@ -184,6 +185,4 @@ def _violation(type: str, validator: Draft202012Validator | None, event: dict[st
     if validator is None:
         return SchemaViolation("", f"it does not fit the schema of {type[:80]}")
     error = next(validator.iter_errors(event))
-    # RFC 6901, section 3: "~" and "/" in a name are escaped.
-    steps = (str(step).replace("~", "~0").replace("/", "~1") for step in error.instance_path)
-    return SchemaViolation("".join(f"/{step}" for step in steps), f"{error.message[:_LONGEST]} ({type[:80]})")
+    return SchemaViolation(pointer_to(*error.instance_path), f"{error.message[:_LONGEST]} ({type[:80]})")

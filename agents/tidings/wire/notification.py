@@ -18,6 +18,7 @@ from uuid import uuid4
 import orjson
 
 from .errors import InvalidNotification
+from .pointer import pointer_to
 
 __all__ = ["MAX_BODY_BYTES", "MAX_DEPTH", "MAX_NAME", "PRIORITIES", "Envelope", "build", "check", "read"]
 
@@ -113,7 +114,7 @@ def _check_extension(name: str, value: Any) -> None:
     elif not _EXTENSION.fullmatch(name):
         raise InvalidNotification(
             f"{name[:80]!r} is no attribute name: CloudEvents allows a to z and 0 to 9; payload belongs under `data`",
-            f"/{name.replace('~', '~0').replace('/', '~1')}",
+            pointer_to(name),
         )
     elif value is not None and type(value) not in (str, int, bool):
         raise InvalidNotification(
