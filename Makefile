@@ -41,7 +41,7 @@ lint: $(VENV)/.tox-installed
 # `make test` runs a few thousand of them.
 fuzz: install
 	$(PIP) install --editable '.[test]'
-	TIDINGS_TEST_FUZZ_CASES=$(or $(FUZZ),100000) TIDINGS_TEST_FUZZ_SEED=$(SEED) $(BIN)/python -m pytest -s tests/fuzz
+	TIDINGS_TEST_FUZZ_CASES=$(or $(FUZZ),100000) TIDINGS_TEST_FUZZ_SEED=$(SEED) $(BIN)/python -m pytest -s -o faulthandler_timeout=0 tests/fuzz
 
 bench: install
 	$(BIN)/python -m bench $(ARGS)
