@@ -16,7 +16,7 @@ from typing import Any, Final
 import orjson
 import uvloop
 
-from bench.load import client_frame
+from bench.websocket import client_frame
 from tidings.identity import issue
 from tidings.wire.frames import SUBPROTOCOL
 
