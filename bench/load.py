@@ -10,7 +10,6 @@ import asyncio
 import gc
 import json
 import random
-import resource
 import sys
 import time
 from array import array
@@ -20,7 +19,7 @@ from typing import Any, Final
 import orjson
 import uvloop
 
-from bench.publisher import EVERYBODY, user_of
+from bench.publisher import EVERYBODY, own_cpu_s, user_of
 from bench.returning import Attempt, Returning
 from bench.waiting import until
 from bench.websocket import CLOSE, WebSocket, client_frame, upgrade_request
@@ -319,7 +318,7 @@ class Fleet:
             "gaps": self.gaps,
             "dropped": self.dropped,
             "last_ms": shared.last_ms(),
-            "cpu_s": _own_cpu_s(),
+            "cpu_s": own_cpu_s(),
         }
 
     async def acknowledge(self) -> dict[str, Any]:
@@ -330,7 +329,7 @@ class Fleet:
                 device.transport.write(client_frame(b'{"t":"ack","upto":"%b"}' % device.newest.encode()))
                 device.newest = ""
                 told += 1
-        return {"told": told, "cpu_s": _own_cpu_s()}
+        return {"told": told, "cpu_s": own_cpu_s()}
 
     async def listen(self, port: int, count: int) -> dict[str, Any]:
         """Connect to something that is no gateway, and read whatever it writes."""
@@ -361,7 +360,7 @@ class Fleet:
             "dropped": self.dropped,
             **{name: quantile(ordered, share) / 1e6 for name, share in (("p50_ms", 0.5), ("p99_ms", 0.99))},
             "max_ms": ordered[-1] / 1e6 if ordered else 0.0,
-            "cpu_s": _own_cpu_s(),
+            "cpu_s": own_cpu_s(),
         }
 
     def _missing(self, doubtful: set[int]) -> int:
@@ -384,11 +383,6 @@ def quantile(values: Any, share: float) -> float:
     """The value below which this share of all lies; 0 of none."""
     ordered = sorted(values)
     return float(ordered[min(len(ordered) - 1, int(len(ordered) * share))]) if ordered else 0.0
-
-
-def _own_cpu_s() -> float:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
 
 
 async def _main() -> None:
