@@ -1,1 +1,1 @@
-"""What a user would pick instead, beside us: the same loads, on the same machine, in one run. See ``bench/README.md``."""
+"""What a user would pick instead, beside us: the same loads, one machine, one run. See ``bench/README.md``."""

@@ -340,17 +340,24 @@ async def _side_by_side(numbers: Iterable[int], at_once: int, action: Callable[[
 
 async def _main() -> None:
     fleet = Fleet()
-    names = (
-        "setup connect leave expect collect come_back returned cut_all jitter calm"  # one method each
-    ).split()
+    orders: dict[str, Callable[..., Awaitable[dict[str, Any]]]] = {
+        "setup": fleet.setup,
+        "connect": fleet.connect,
+        "leave": fleet.leave,
+        "expect": fleet.expect,
+        "collect": fleet.collect,
+        "come_back": fleet.come_back,
+        "returned": fleet.returned,
+        "cut_all": fleet.cut_all,
+        "jitter": fleet.jitter,
+        "calm": fleet.calm,
+    }
     reader = asyncio.StreamReader(limit=2**24)
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
     async for line in reader:
         order = json.loads(line)
-        name = order.pop("do")
-        if name not in names:
-            raise ValueError(f"there is no order {name!r}")
-        print(json.dumps(await getattr(fleet, name)(**order)), flush=True)
+        answer = await orders[order.pop("do")](**order)
+        print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":

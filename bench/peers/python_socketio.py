@@ -35,4 +35,11 @@ def application(redis_url: str) -> web.Application:
 
 if __name__ == "__main__":
     uvloop.install()
-    web.run_app(application(sys.argv[2]), host="127.0.0.1", port=int(sys.argv[1]), backlog=4096, access_log=None, shutdown_timeout=1)
+    web.run_app(
+        application(sys.argv[2]),
+        host="127.0.0.1",
+        port=int(sys.argv[1]),
+        backlog=4096,
+        access_log=None,
+        shutdown_timeout=1,
+    )

@@ -165,7 +165,9 @@ class Trial:
         self.took("broadcast", *_swapped(span, got["received"]))
         self.came("broadcast", got)
         self.figures["broadcast_last_ms"] = got["last_p50_ms"]
-        self._say(f"broadcast: {self.figures['broadcast_us']:.1f} µs a delivery, last after {got['last_p50_ms']:.0f} ms")
+        self._say(
+            f"broadcast: {self.figures['broadcast_us']:.1f} µs a delivery, last after {got['last_p50_ms']:.0f} ms"
+        )
 
     async def jitter(self) -> None:
         """Every connection is cut again and again, under a steady stream to all."""
