@@ -14,6 +14,7 @@ import base64
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
+from datetime import datetime
 from typing import Any, Final, NamedTuple
 
 from tidings.wire import subject
@@ -126,7 +127,8 @@ async def each(
 ) -> AsyncGenerator[Letter, None]:
     """All letters that are meant, oldest first: up to a sequence, or to the newest there is now."""
     first, last = await _bounds(connection)
-    async with aclosing(_read(connection, first, last if upto is None else min(upto, last))) as letters:
+    end = last if upto is None else min(upto, last)
+    async with aclosing(_read(connection, first, end, since=wanted.since)) as letters:
         async for letter in letters:
             if wanted.matches(letter):
                 yield letter
@@ -226,10 +228,13 @@ async def _bounds(connection: Connection) -> tuple[int, int]:
     return state["first_seq"], state["last_seq"]
 
 
-async def _read(connection: Connection, first: int, last: int) -> AsyncGenerator[Letter, None]:
-    """The letters from one sequence to another, oldest first."""
+async def _read(
+    connection: Connection, first: int, last: int, *, since: datetime | None = None
+) -> AsyncGenerator[Letter, None]:
+    """The letters from one sequence, or from a time, to another sequence, oldest first."""
     while first <= last:
-        some = await _batch(connection, first)
+        some = await _batch(connection, first, since)
+        since = None
         for letter in some:
             if letter.sequence > last:
                 return
@@ -239,9 +244,9 @@ async def _read(connection: Connection, first: int, last: int) -> AsyncGenerator
         first = some[-1].sequence + 1
 
 
-async def _batch(connection: Connection, first: int) -> list[Letter]:
-    """Up to `_BATCH` letters from a sequence on."""
-    found = await reading.batch(connection, DEAD, subject.DEAD_WILDCARD, _BATCH, first=first)
+async def _batch(connection: Connection, first: int, since: datetime | None) -> list[Letter]:
+    """Up to `_BATCH` letters from a sequence on, or from a time."""
+    found = await reading.batch(connection, DEAD, subject.DEAD_WILDCARD, _BATCH, first=first, since=since)
     return [
         _letter(message.sequence, message.where, message.stored, message.headers, message.body) for message in found
     ]
