@@ -176,8 +176,13 @@ class _Referee:
 
     def _wait_for(self, reports: Any, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
-        while not self._joined <= set(reports) and time.monotonic() < deadline:
+        while self._joined - set(reports) - self._lost() and time.monotonic() < deadline:
             gevent.sleep(_LOOK_S)
+
+    def _lost(self) -> set[str]:
+        """Workers that Locust hears nothing of."""
+        runner = self._runner
+        return {worker.id for worker in runner.clients.missing} if isinstance(runner, MasterRunner) else set()
 
     def _too_slow(self, most_ms: float) -> list[str]:
         found = []

@@ -49,25 +49,37 @@ class Run:
         return int(found[1]) if found else 0
 
 
-async def locust(*arguments: str | Path, **environment: str) -> Run:
-    """A headless run, to its end."""
+@asynccontextmanager
+async def process(*arguments: str | Path, **environment: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    """A Locust; nothing of it is left at the end of the block."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("TIDINGS_", "LOCUST_"))}
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "locust", "--headless", "--only-summary", *map(str, arguments)),
+    started = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "locust", *map(str, arguments)),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
         env={**inherited, **environment},
     )
     try:
-        async with asyncio.timeout(PATIENCE_S):
-            out, _ = await process.communicate()
+        yield started
     finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    assert process.returncode is not None
-    return Run(process.returncode, out.decode(errors="replace"))
+        if started.returncode is None:
+            started.kill()
+        await started.communicate()
+
+
+async def locust(*arguments: str | Path, **environment: str) -> Run:
+    """A headless run, to its end."""
+    async with process("--headless", "--only-summary", *arguments, **environment) as started:
+        async with asyncio.timeout(PATIENCE_S):
+            out, _ = await started.communicate()
+        assert started.returncode is not None
+        return Run(started.returncode, out.decode(errors="replace"))
+
+
+def free_port() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return str(free.getsockname()[1])
 
 
 def scenario(*names: str) -> tuple[str, str]:
@@ -103,13 +115,30 @@ async def test_the_everyday_mix_loses_nothing(mesh: Dev) -> None:
 
 async def test_storms_on_several_workers_are_one_ledger(mesh: Dev) -> None:
     """Two processes, whose devices follow the same topics and lose their connections together."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
+    port = free_port()
     workers = ("--processes", "2", "--master-bind-port", port, "--master-port", port)
     many = ("-u", "27", "-r", "27", "-t", "8s", "--storm-every", "3")
     run = await locust(*scenario("storm"), "--state", mesh.state, *many, *workers)
     check_good(run)
     assert run.requests("CONNECT +again"), run.text
+
+
+async def test_a_worker_that_is_killed_fails_the_run(mesh: Dev) -> None:
+    """Nobody knows what its devices were owed. The other one's are counted."""
+    port = free_port()
+    worker = (*scenario("everyday"), "--worker", "--master-port", port)
+    many = ("-u", "48", "-r", "48", "-t", "8s", "--expect-workers", "2", "--master-bind-port", port)
+    async with process(*worker), process(*worker, "--loglevel", "DEBUG") as killed:
+        running = asyncio.create_task(locust(*scenario("everyday"), "--state", mesh.state, "--master", *many))
+        assert killed.stdout is not None
+        async with asyncio.timeout(PATIENCE_S):
+            while b"users spawned" not in await killed.stdout.readline():
+                assert not running.done()
+        killed.kill()
+        run = await running
+    assert run.status == 1, run.text
+    assert "ledger: 1 workers did not report" in run.text
+    assert run.ledger["owed"] == run.ledger["received"] > 0
 
 
 async def test_a_celebritys_posts_are_broadcasts(mesh: Dev) -> None:
