@@ -12,22 +12,46 @@ ROOT = Path(__file__).parents[2] / "agents" / "tidings"
 BELOW = {
     "wire": set(),
     "runtime": {"wire"},
+    "telemetry": {"wire", "runtime"},
     "stream": {"wire", "runtime"},
     "schema": {"wire", "runtime"},
-    "store": {"wire", "runtime"},
+    "store": {"wire", "runtime", "telemetry"},
     # Tokens and who may do what: it knows HTTP, for keys and answers that live elsewhere.
     "identity": {"wire", "runtime"},
-    "publish": {"wire", "runtime", "stream", "store", "schema"},
-    "gateway": {"wire", "runtime", "stream", "store", "identity"},
-    "inbox": {"wire", "runtime", "stream", "store", "schema"},
+    "publish": {"wire", "runtime", "telemetry", "stream", "store", "schema"},
+    "gateway": {"wire", "runtime", "telemetry", "stream", "store", "identity"},
+    "inbox": {"wire", "runtime", "telemetry", "stream", "store", "schema"},
     # Its copies are published as any service's notifications are.
-    "fanout": {"wire", "runtime", "stream", "store", "schema", "publish"},
-    "api": {"wire", "runtime", "stream", "store", "schema", "identity", "publish"},
+    "fanout": {"wire", "runtime", "telemetry", "stream", "store", "schema", "publish"},
+    "api": {"wire", "runtime", "telemetry", "stream", "store", "schema", "identity", "publish"},
     "client": {"wire", "runtime"},
+    "top": {"wire", "runtime", "telemetry"},
     "explain": {"wire", "runtime", "stream", "store"},
-    "dev": {"wire", "runtime", "stream", "store", "schema", "identity", "publish", "gateway", "inbox", "fanout", "api"},
+    "dev": {
+        "wire",
+        "runtime",
+        "telemetry",
+        "stream",
+        "store",
+        "schema",
+        "identity",
+        "publish",
+        "gateway",
+        "inbox",
+        "fanout",
+        "api",
+    },
 }
-OWNERS = {"nats": "stream", "sqlite3": "store", "cassandra": "store", "jwt": "identity", "jsonschema_rs": "schema"}
+OWNERS = {
+    "nats": "stream",
+    "sqlite3": "store",
+    "cassandra": "store",
+    "jwt": "identity",
+    "jsonschema_rs": "schema",
+    "opentelemetry": "telemetry",
+    "prometheus_client": "top",
+    "rich": "top",
+}
 FORBIDDEN_IN_WIRE = {"asyncio", "socket", "time", "threading", "aiohttp", "nats", "sqlite3"}
 MODULES = sorted(path for path in ROOT.rglob("*.py"))
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from aiohttp import web
 
@@ -34,9 +34,13 @@ from tidings.wire import subject
 from tidings.wire.errors import TidingsError
 
 from . import problems
-from .app import Observer, make_app
+from .app import make_app
 from .backing import Backing
 from .gate import Gate
+from .numbers import ApiNumbers
+
+if TYPE_CHECKING:
+    from tidings.telemetry.telemetry import Telemetry
 
 __all__ = ["Api"]
 
@@ -48,16 +52,17 @@ _LINGER_S: Final = 2.0
 class Api(Service):
     """One api process (or, in ``tidings dev``, one of its agents); any number of them run side by side.
 
-    `store` is opened and closed by whoever made it. `observer` is told of each answer.
+    `store` is opened and closed by whoever made it.
     """
 
     name = "api"
 
-    def __init__(self, settings: Settings, store: Store, *, observer: Observer | None = None) -> None:
+    def __init__(self, settings: Settings, store: Store, *, telemetry: Telemetry | None = None) -> None:
         super().__init__()
+        self._telemetry = telemetry
+        self._numbers = None if telemetry is None else ApiNumbers(telemetry.numbers)
         self._settings = settings
         self._store = store
-        self._observer = observer
         self._verifier = Verifier(settings)
         self._entitlement = TopicEntitlement(settings)
         self._connection: Connection | None = None
@@ -79,8 +84,12 @@ class Api(Service):
         await topology.check_topics(connection)
         self._publisher = Publisher(connection, timeout_s=settings.api_publish_timeout_s)
         await self._publisher.open()
-        store = GuardedStore(self._store, settings.store_timeout_s)
+        telemetry = self._telemetry
+        store = GuardedStore(self._store, settings.store_timeout_s, None if telemetry is None else telemetry.numbers)
         self._backing = backing = Backing(settings, connection, store, self._publisher, self._entitlement, found)
+        if telemetry is not None:
+            backing.tracing = telemetry.tracing
+            telemetry.watch_connection(connection)
         await connection.listen(subject.INBOX_FLOOR, self._heard_floors)
         await backing.floors.read(connection)
         self._revocations = revocations = Revocations(connection, settings)
@@ -90,7 +99,10 @@ class Api(Service):
         clock = asyncio.get_running_loop().time
         porch = Porch(settings.strangers_max)
         gate = Gate(settings, self._verifier, revocations, porch, clock)
-        app = make_app(backing, gate, self._unready, self._observer)
+        if self._numbers is not None:
+            self._numbers.watch(porch)
+            backing.published = self._numbers.published
+        app = make_app(backing, gate, self._unready, None if self._numbers is None else self._numbers.answered)
         await self._listen(app, porch)
         secured = " with TLS" if settings.tls_certificate else ""
         self.log.info("the api listens on %s:%d%s", settings.api_host, self.port, secured)

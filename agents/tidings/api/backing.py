@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from tidings.identity.entitlement import TopicEntitlement
-from tidings.publish import Publisher, Schemas
+from tidings.publish import Publisher, Receipt, Schemas
 from tidings.runtime.settings import Settings
 from tidings.store.inbox import UserInbox
 from tidings.store.port import Store
@@ -14,7 +16,11 @@ from tidings.stream.connection import Connection
 from tidings.stream.floors import Floors
 from tidings.stream.topology import BROADCAST_PART, Topology
 from tidings.wire import subject
+from tidings.wire.errors import TidingsError
 from tidings.wire.position import PERSONAL, Plane, Position
+
+if TYPE_CHECKING:
+    from tidings.telemetry.tracing import Tracing
 
 __all__ = ["Backing"]
 
@@ -41,6 +47,9 @@ class Backing:
         self.floors = Floors(found)
         self.inbox = UserInbox(store, lambda: self.floors[BROADCAST_PART])
         self.entitlement = entitlement
+        self.tracing: Tracing | None = None
+        self.published: Callable[[Sequence[Receipt | TidingsError]], None] | None = None
+        """Told what became of all that is published. Both are None where telemetry is off."""
         self.check = Schemas.of(settings).check
         """Reads an event that is to be published, strictly: its envelope, and the schema of its type."""
 

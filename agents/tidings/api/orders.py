@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from uuid import uuid4
 
 import orjson
@@ -19,6 +19,9 @@ from tidings.wire.pointer import pointer_to
 from .bodies import listed, members, text
 from .idempotency import IdempotencyKey
 from .problems import Path, Refused, located
+
+if TYPE_CHECKING:
+    from tidings.telemetry.tracing import Span, Tracing
 
 __all__ = ["MAX_AT_ONCE", "Order", "OrderReader"]
 
@@ -37,12 +40,26 @@ class Order(NamedTuple):
     """``user`` or ``topic``: what the names are."""
     names: Sequence[str]
     messages: Sequence[Ready]
+    span: Span | None = None
+    """Of its publish, where that is traced."""
 
 
 class OrderReader:
-    """Reads the orders of one request by `who`. `check` reads a finished event; raises `InvalidNotification`."""
+    """Reads the orders of one request by `who`. `check` reads a finished event; raises `InvalidNotification`.
 
-    def __init__(self, check: Callable[[bytes], Envelope], who: Caller, key: IdempotencyKey | None) -> None:
+    `around` is the ``traceparent`` of the request, to which the spans of events that have none themselves belong.
+    """
+
+    def __init__(
+        self,
+        check: Callable[[bytes], Envelope],
+        who: Caller,
+        key: IdempotencyKey | None,
+        tracing: Tracing | None = None,
+        around: str | None = None,
+    ) -> None:
+        self._tracing = tracing
+        self._around = around
         self._check = check
         self._who = who
         self._key = key
@@ -57,8 +74,21 @@ class OrderReader:
         names, subjects = _read_targets(given[kind], (*at, kind), kind)
         topic = names[0] if kind == "topic" else None
         self._allow(topic)
-        id_, body = self._read_event(given["event"], (*at, "event"), topic, number)
-        return Order(id_, "user" if topic is None else "topic", names, [Ready(where, id_, body) for where in subjects])
+        span = self._trace(given["event"], topic, len(subjects))
+        try:
+            id_, body = self._read_event(given["event"], (*at, "event"), topic, number, span)
+        except (Refused, InvalidNotification) as error:
+            if self._tracing is not None:
+                self._tracing.end(span, error)
+            raise
+        messages = [Ready(where, id_, body) for where in subjects]
+        return Order(id_, "user" if topic is None else "topic", names, messages, span)
+
+    def _trace(self, event: Any, topic: str | None, count: int) -> Span | None:
+        if self._tracing is None or type(event) is not dict:
+            return None
+        template = "notify.user.{user}" if topic is None else "notify.topic.{topic}"
+        return self._tracing.publish(template, count, event.get("traceparent", self._around))
 
     def _allow(self, topic: str | None) -> None:
         scopes = self._who.scopes
@@ -67,7 +97,7 @@ class OrderReader:
         if topic is not None and not scopes.allows_topic(topic):
             raise Refused("not_allowed", f"the token has no scope publish:topic: for {topic!r}")
 
-    def _read_event(self, given: Any, at: Path, topic: str | None, number: int) -> tuple[str, bytes]:
+    def _read_event(self, given: Any, at: Path, topic: str | None, number: int, span: Span | None) -> tuple[str, bytes]:
         """The event's id, and the event with what it may leave out."""
         if type(given) is not dict:
             raise Refused("invalid_body", "this must be an object: a CloudEvents 1.0 event", pointer=pointer_to(*at))
@@ -83,6 +113,8 @@ class OrderReader:
             event.update((name, _attribute(name, value)) for name, value in given.items())
             if topic is not None:
                 event["topic"] = topic
+            if span is not None and self._tracing is not None:
+                event.setdefault("traceparent", self._tracing.traceparent(span))
             try:
                 body = orjson.dumps(event)
             except orjson.JSONEncodeError as error:

@@ -38,7 +38,7 @@ class Publishing:
     async def one(self, call: Call) -> web.Response:
         """One event, to a user, to several, or to a topic."""
         document, key = await self._read(call)
-        order = OrderReader(self._backing.check, call.service, key).read(document)
+        order = self._reader(call, key).read(document)
         (content,), failures = await self._publish(call, key, document, [order])
         return _answer(content, failures)
 
@@ -46,13 +46,17 @@ class Publishing:
         """Several events, each to its own."""
         document, key = await self._read(call)
         given = members(document, (), required=("notifications",))["notifications"]
-        reader = OrderReader(self._backing.check, call.service, key)
+        reader = self._reader(call, key)
         orders = [
             reader.read(item, ("notifications", number), number)
             for number, item in enumerate(listed(given, ("notifications",), MAX_AT_ONCE))
         ]
         contents, failures = await self._publish(call, key, document, orders)
         return _answer({"results": contents}, failures)
+
+    def _reader(self, call: Call, key: IdempotencyKey | None) -> OrderReader:
+        around = call.request.headers.get("traceparent")
+        return OrderReader(self._backing.check, call.service, key, self._backing.tracing, around)
 
     async def _read(self, call: Call) -> tuple[Any, IdempotencyKey | None]:
         parameters(call.request)
@@ -75,6 +79,7 @@ class Publishing:
             if key is not None:
                 await self._idempotency.claim(key, call.request.path, document)
             outcomes = await self._backing.publisher.publish_ready(messages)
+        self._record(orders, outcomes)
         failures = [outcome for outcome in outcomes if isinstance(outcome, TidingsError)]
         left = iter(outcomes)
         contents = [
@@ -82,6 +87,19 @@ class Publishing:
             for order in orders
         ]
         return contents, failures
+
+    def _record(self, orders: Sequence[Order], outcomes: Sequence[Receipt | TidingsError]) -> None:
+        backing = self._backing
+        if backing.published is not None:
+            backing.published(outcomes)
+        if backing.tracing is None:
+            return
+        at = 0
+        for order in orders:
+            its = outcomes[at : at + len(order.messages)]
+            at += len(its)
+            problem = next((outcome for outcome in its if isinstance(outcome, TidingsError)), None)
+            backing.tracing.end(order.span, problem, messaging__message__id=order.id)
 
 
 def _outcome(outcome: Receipt | TidingsError) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from .common import Commands, load, run, serve
 if TYPE_CHECKING:
     from tidings.runtime.service import Service
     from tidings.runtime.settings import Settings
-    from tidings.store.port import Store
 
 __all__ = ["register"]
 
@@ -70,15 +69,21 @@ def _api(args: argparse.Namespace) -> int:
     return run(_agent("api", load(args, api_host=args.host, api_port=args.port), Api))
 
 
-async def _agent(name: str, settings: Settings, make: Callable[[Settings, Store], Service]) -> int:
+async def _agent(name: str, settings: Settings, make: Callable[..., Service]) -> int:
     from tidings.runtime.exposure import check_exposures
     from tidings.store.factory import open_store_url
+    from tidings.telemetry import telemetry_of
 
     check_exposures(settings, name)
     store = open_store_url(settings.store_url, retention_days=settings.retention_days)
-    agent = make(settings, store)
+    telemetry = telemetry_of(settings, name)
+    agent = make(settings, store, telemetry=telemetry)
     try:
         await store.open()
+        if telemetry is not None:
+            await telemetry.start()
         return await serve(agent)
     finally:
+        if telemetry is not None:
+            await telemetry.stop()
         await store.close()

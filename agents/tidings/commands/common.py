@@ -90,7 +90,7 @@ def load(args: argparse.Namespace, **given: Any) -> Settings:
     from tidings.runtime.settings import Settings
 
     settings = Settings.load(file=args.config, **given)
-    logs.set_up(settings.log_level)
+    logs.set_up(settings.log_level, form=settings.log_format)
     return settings
 
 

@@ -17,7 +17,7 @@ import os
 import socket
 from collections.abc import Coroutine, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from tidings.api.agent import Api
 from tidings.fanout.agent import FanoutAgent
@@ -33,12 +33,16 @@ from tidings.store.port import Store
 from tidings.stream import consumers, topology
 from tidings.stream.connection import ApiError, Connection, connect
 from tidings.stream.server import NatsServer, NatsTls
+from tidings.telemetry import telemetry_of
 from tidings.wire.errors import StartFailed, StoreUnavailable, StreamUnavailable, TopologyMismatch
 
 from .authority import Authority
 from .crowd import Crowd
 from .routes import Routes
 from .state import Running, StateFolder
+
+if TYPE_CHECKING:
+    from tidings.telemetry.telemetry import Telemetry
 
 __all__ = ["DevMesh", "embedded"]
 
@@ -86,6 +90,7 @@ class DevMesh(Service):
         self._fanout: FanoutAgent | None = None
         self._gateway: Gateway | None = None
         self._api: Api | None = None
+        self._telemetry: Telemetry | None = None
 
     @property
     def nats(self) -> NatsServer:
@@ -214,17 +219,24 @@ class DevMesh(Service):
         )
 
     async def _start_agents(self, store: Store) -> None:
+        self._telemetry = telemetry = telemetry_of(self.settings, "dev")
+        if telemetry is not None:
+            await telemetry.start()
         # The inbox agent first: it announces the floors from which a gateway's sessions catch up.
-        self._inbox = InboxAgent(self.settings, store)
+        self._inbox = InboxAgent(self.settings, store, telemetry=telemetry)
         await self._inbox.start()
-        self._fanout = FanoutAgent(self.settings, store)
+        self._fanout = FanoutAgent(self.settings, store, telemetry=telemetry)
         await self._fanout.start()
         routes = Routes(self.settings, Crowd(self.settings, store))
-        self._gateway = Gateway(self.settings, store, routes=routes.add_to)
-        self._publisher = routes.publisher = Publisher(self.settings, schemas=Schemas.checking(self.settings))
+        self._gateway = Gateway(self.settings, store, routes=routes.add_to, telemetry=telemetry)
+        self._publisher = routes.publisher = Publisher(
+            self.settings,
+            schemas=Schemas.checking(self.settings),
+            tracing=None if telemetry is None else telemetry.tracing,
+        )
         await self._publisher.open()
         await self._gateway.start()
-        self._api = Api(self.settings, store)
+        self._api = Api(self.settings, store, telemetry=telemetry)
         await self._api.start()
         for service in (self.nats, self._inbox, self._fanout, self._gateway, self._api):
             self.spawn(service.failed())
@@ -253,6 +265,8 @@ class DevMesh(Service):
         await self._within(_AGENTS_STOP_S, "the agents stop", *agents)
         if self._connection is not None:
             await self._within(_CLOSE_S, "the connection closes", self._connection.finish())
+        if self._telemetry is not None:
+            await self._within(_CLOSE_S, "telemetry is sent", self._telemetry.stop())
         if self._store is not None:
             await self._within(_CLOSE_S, "the store closes", self._store.close())
 

@@ -16,7 +16,7 @@ import secrets
 from collections import deque
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 import orjson
 
@@ -42,6 +42,12 @@ from tidings.wire.errors import (
 from tidings.wire.notification import MAX_BODY_BYTES
 from tidings.wire.topic import patterns_of
 
+from .numbers import FanoutNumbers
+
+if TYPE_CHECKING:
+    from tidings.telemetry.telemetry import Telemetry
+    from tidings.telemetry.tracing import Span
+
 __all__ = ["FanoutAgent"]
 
 _PULL_EXPIRES_NS: Final = 30_000_000_000
@@ -52,6 +58,9 @@ _MOST_OF_ONE: Final = 32
 """Messages of one topic that wait here while half of the places are taken; further ones go back for a while, and leave
 their places to other topics."""
 _GIVEN_BACK_S: Final = 1.0
+_TRACED: Final = 16
+"""Of a traced message, copies that are traced: a span for each of a thousand would be what takes the time."""
+_LAG_EVERY_S: Final = 5.0
 _REMEMBERED: Final = 100_000
 """Users that are known to have their copy: who has subscribed twice over is sent one."""
 
@@ -79,8 +88,11 @@ class FanoutAgent(Service):
 
     name = "fanout"
 
-    def __init__(self, settings: Settings, store: Store) -> None:
+    def __init__(self, settings: Settings, store: Store, *, telemetry: Telemetry | None = None) -> None:
         super().__init__()
+        self._telemetry = telemetry
+        self._numbers = None if telemetry is None else FanoutNumbers(telemetry.numbers, lambda: self._held)
+        self._tracing = None if telemetry is None else telemetry.tracing
         self._settings = settings
         self._store = store
         self._read = reader(settings)
@@ -103,6 +115,9 @@ class FanoutAgent(Service):
         await connection.confirm()
         for loop in (self._pull_where_none, self._keep):
             self.spawn(loop())
+        if self._telemetry is not None and self._numbers is not None:
+            self._telemetry.watch_connection(connection)
+            self.spawn(self._learn_lag(self._numbers))
         self.log.info("fan-out agent %s reads %s", self._id, TOPICS)
 
     async def _stop(self) -> None:
@@ -114,6 +129,16 @@ class FanoutAgent(Service):
     async def _reconnected(self) -> None:
         """No pull survives a broken connection; what it had under way is redelivered."""
         self._pull()
+
+    async def _learn_lag(self, numbers: FanoutNumbers) -> None:
+        """How much of ``TOPICS`` waits for fan-out agents, for the metrics."""
+        while True:
+            try:
+                numbers.lag = (await consumers.progress(self._connection, TOPICS, FANOUT)).lag
+            except StreamUnavailable as error:
+                numbers.lag = None
+                self.log.debug("the lag of topics is not known: %s", error)
+            await asyncio.sleep(_LAG_EVERY_S)
 
     # Messages in
 
@@ -188,7 +213,7 @@ class FanoutAgent(Service):
         """Copy a topic's messages, one after the other, until none waits."""
         try:
             while waiting:
-                if await self._fan_out(waiting[0]):
+                if await self._fan_out_traced(waiting[0]):
                     self._connection.ack(waiting[0].reply)
                 waiting.popleft()
                 self._held -= 1
@@ -196,7 +221,20 @@ class FanoutAgent(Service):
         finally:
             del self._waiting[where]
 
-    async def _fan_out(self, message: _Message) -> bool:
+    async def _fan_out_traced(self, message: _Message) -> bool:
+        """`_fan_out`, in a span of the message's trace if it has one."""
+        parent = None if self._tracing is None else self._tracing.sampled(message.body)
+        if self._tracing is None or parent is None:
+            return await self._fan_out(message, None)
+        span = self._tracing.start(
+            "fan-out notify.topic.{topic}", "process", parent=parent, template="notify.topic.{topic}", group=FANOUT
+        )
+        with self._tracing.within(span):
+            done = await self._fan_out(message, span)
+        self._tracing.end(span, None if done else "dead_letter")
+        return done
+
+    async def _fan_out(self, message: _Message, span: Span | None) -> bool:
         """Bring one message to all subscribers, however long it takes; False when it is a dead letter instead."""
         try:
             topic = subject.topic_of(message.where)
@@ -212,16 +250,38 @@ class FanoutAgent(Service):
                 if len(users) > self._settings.fanout_write_max:
                     break
             if not users:
+                self._done(message, "nobody")
                 return True
             many = len(users) > self._settings.fanout_write_max
             plane = await self._decide(message, "broadcast" if many else "copies")
             if plane == "broadcast":
+                if span is not None and self._tracing is not None:
+                    body = self._tracing.handed_on(body, span)
                 await self._broadcast(message, topic, body)
+                self._done(message, "broadcast")
                 return True
+            if span is not None and self._tracing is not None:
+                traced, users = users[:_TRACED], users[_TRACED:]
+                await asyncio.gather(*(self._copy_traced(span, user, envelope.id, body) for user in traced))
+                body = self._tracing.handed_on(body, span, sampled=False)
             await self._copy_all(users, envelope.id, body)
             async for some in crowd:
                 await self._copy_all(some, envelope.id, body)
+        self._done(message, "copies")
         return True
+
+    def _done(self, message: _Message, way: str) -> None:
+        if self._numbers is not None:
+            self._numbers.done(way, message.delivery.stored_ns)
+
+    async def _copy_traced(self, span: Span, user: str, id: str, body: bytes) -> None:
+        """One becomes many: a copy has a trace of its own, with a link to the message that it is of."""
+        assert self._tracing is not None
+        where = "notify.user.{user}"
+        links = [span.get_span_context()]
+        copy = self._tracing.start(f"publish {where}", "send", links=links, template=where, message__id=id)
+        await self._copy([user], id, self._tracing.handed_on(body, copy))
+        self._tracing.end(copy)
 
     async def _crowd(self, topic: str) -> AsyncGenerator[list[str], None]:
         """All subscribers of the topic itself and of each subtree that it lies in, page by page."""
@@ -270,7 +330,8 @@ class FanoutAgent(Service):
         backoff = Backoff(0.1, 5.0)
         while True:
             try:
-                return await self._store.subscribers(pattern, after, 4 * _SLICE)
+                work = self._store.subscribers(pattern, after, 4 * _SLICE)
+                return await (work if self._numbers is None else self._numbers.calls.timed("subscribers", work))
             except StoreUnavailable as error:
                 await self._wait(backoff, f"{self._held} topic messages wait for the store: {error}")
 
@@ -285,6 +346,8 @@ class FanoutAgent(Service):
             async with self._turns:
                 try:
                     await self._publisher.publish_copies(users, id, body)
+                    if self._numbers is not None:
+                        self._numbers.copies.value += len(users)
                     return
                 except (PublishUnconfirmed, PublishRefused, StreamUnavailable) as error:
                     problem = error
@@ -310,6 +373,8 @@ class FanoutAgent(Service):
         except StreamUnavailable as error:
             self.log.warning("the dead letter waits for its redelivery: %s", error)
         else:
+            if self._numbers is not None:
+                self._numbers.buried(reason)
             self._connection.ack(message.reply, b"+TERM")
 
 

@@ -11,7 +11,7 @@ another gateway, and its consumers end by themselves after `consumer_idle_s`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from aiohttp import web
 
@@ -34,8 +34,12 @@ from .door import Door
 from .hub import Hub
 from .keeper import Keeper
 from .leaving import Leaving
+from .numbers import GatewayNumbers
 from .opening import Opener, give_up
 from .requests import Requests
+
+if TYPE_CHECKING:
+    from tidings.telemetry.telemetry import Telemetry
 
 __all__ = ["Gateway"]
 
@@ -54,9 +58,15 @@ class Gateway(Service):
     name = "gateway"
 
     def __init__(
-        self, settings: Settings, store: Store, *, routes: Callable[[web.Application], None] | None = None
+        self,
+        settings: Settings,
+        store: Store,
+        *,
+        routes: Callable[[web.Application], None] | None = None,
+        telemetry: Telemetry | None = None,
     ) -> None:
         super().__init__()
+        self._telemetry = telemetry
         self._verifier = Verifier(settings)
         self._entitlement = TopicEntitlement(settings)
         self._settings = settings
@@ -85,8 +95,16 @@ class Gateway(Service):
             self._settings, "tidings-gateway", lost=self._cut_off, found=self._reconnected
         )
         found = await topology.discover(connection)
-        store = GuardedStore(self._store, self._settings.store_timeout_s)
-        self._hub = hub = Hub(self._settings, store, connection, found, self.spawn)
+        telemetry = self._telemetry
+        store = GuardedStore(
+            self._store, self._settings.store_timeout_s, None if telemetry is None else telemetry.numbers
+        )
+        self._porch = Porch(self._settings.strangers_max)
+        tracing = None if telemetry is None else telemetry.tracing
+        self._hub = hub = Hub(self._settings, store, connection, found, self.spawn, tracing)
+        if telemetry is not None:
+            hub.numbers = GatewayNumbers(telemetry.numbers, telemetry.tracing, hub, self._porch)
+            telemetry.watch_connection(connection)
         self._authenticator = authenticator = Authenticator(hub, self._verifier)
         # Before anybody is let in: a gateway that does not know what was revoked is none.
         await authenticator.revocations.open()
@@ -97,7 +115,6 @@ class Gateway(Service):
         await hub.feed.start(hub.floors[BROADCAST_PART])
         opener = Opener(hub)
         keeper = Keeper(hub, opener)
-        self._porch = Porch(self._settings.strangers_max)
         requests = Requests(hub, self._entitlement)
         self._door = Door(hub, opener, self._porch, authenticator, requests)
         self._leaving = Leaving(hub, self._door, keeper)

@@ -88,7 +88,9 @@ class Door:
         refusal = refuse(request, settings)
         if refusal is not None:
             return refusal
-        socket = Socket(settings.frame_max_bytes, settings.write_buffer_bytes, self._hub.meters.limits)
+        numbers = self._hub.numbers
+        told = None if numbers is None else numbers.closed
+        socket = Socket(settings.frame_max_bytes, settings.write_buffer_bytes, self._hub.meters.limits, told)
         self._entering.add(socket)
         try:
             await self._handshakes.turn()
@@ -327,6 +329,8 @@ class Door:
                 expires_in=expires_in,
             )
         )
+        if hub.numbers is not None:
+            hub.numbers.catch_ups.of(self._way(session, plan)).value += 1
         if plan is None:
             session.send_gap()
             session.resend()
@@ -342,6 +346,16 @@ class Door:
             session.go_live()
         if session.lane is not None:
             session.lane.resume()
+
+    def _way(self, session: Session, plan: Plan | None) -> str:
+        """How the device gets what it missed, as the catalogue of metrics names it."""
+        if plan is None:
+            return "takeover"
+        if session.blind:
+            return "blind"
+        if plan.missed is None or plan.missed > self._hub.settings.catchup_cap:
+            return "gap"
+        return "inbox" if plan.missed else "stream"
 
 
 def _since(hello: Hello) -> Position | None:

@@ -30,11 +30,15 @@ from tidings.wire.topic import patterns_of
 from .socket import encode
 
 if TYPE_CHECKING:
+    from tidings.telemetry.tracing import Span
+
     from .hub import Hub
     from .lane import Lane
 
 __all__ = ["Feed", "Shared"]
 
+_TRACED: Final = 16
+"""Of a traced broadcast, deliveries that are traced: a span for each of thousands would be what takes the time."""
 _SLICE: Final = 64
 """Sockets that a broadcast is written to in one turn of the loop: a millisecond or less."""
 _BATCH: Final = 256
@@ -50,7 +54,7 @@ log = logging.getLogger("tidings.gateway")
 class Shared:
     """One broadcast, for all sessions."""
 
-    __slots__ = ("body", "frame", "patterns", "position", "stored_ns", "text")
+    __slots__ = ("body", "frame", "patterns", "position", "span", "stored_ns", "text", "traces_left")
 
     def __init__(self, at: Position, topic: str, body: bytes, stored_ns: int) -> None:
         self.position = at
@@ -60,6 +64,10 @@ class Shared:
         self.stored_ns = stored_ns
         self.frame = encode(frames.notifications([frames.notification_item(self.text, 1, body)]))
         """As it goes to who gets it for the first time."""
+        self.span: Span | None = None
+        """Where it is traced: of handing it out here."""
+        self.traces_left = _TRACED
+        """Devices whose delivery gets a span of its own."""
 
 
 class Feed:
@@ -112,6 +120,8 @@ class Feed:
         )
         if self.consumer:
             consumers.delete(hub.connection, BROADCAST, self.consumer)
+        if hub.numbers is not None:
+            hub.numbers.consumers.of("feed").value += 1
         if begins_behind > read.sequence:
             # The stream has forgotten what lies between; whoever needs it gets it out of the inbox.
             self._restart(Position(read.incarnation, begins_behind))
@@ -211,7 +221,12 @@ class Feed:
         else:
             # Its topic is part of it: another one may have the same id, for other users.
             if not self._hub.recent.is_copy(subject.readable(where), envelope.id, at):
-                self._queue.append(Shared(at, topic, body, delivery.stored_ns))
+                shared = Shared(at, topic, body, delivery.stored_ns)
+                if self._hub.tracing is not None and (parent := self._hub.tracing.sampled(body)) is not None:
+                    shared.span = self._hub.tracing.start(
+                        "receive broadcast.{topic}", "receive", parent=parent, template="broadcast.{topic}"
+                    )
+                self._queue.append(shared)
         if not self._turning:
             self._turning = True
             asyncio.get_running_loop().call_soon(self._turn)
@@ -229,10 +244,16 @@ class Feed:
             assert self._current is not None
             shared = self._queue[0]
             some = list(islice(self._current, room))
+            sent = 0
             for lane in some:
-                lane.take(shared)
+                sent += lane.take(shared)
+            if sent and self._hub.numbers is not None:
+                trace = None if shared.span is None else self._hub.ids(shared.span)
+                self._hub.numbers.handed_out(sent, shared.stored_ns, trace)
             if len(some) < room:
                 self._current = None
+                if shared.span is not None:
+                    shared.span.end()
                 self.done = self._queue.popleft().position
             room -= max(1, len(some))
         if self._queue:

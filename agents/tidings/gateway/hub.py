@@ -13,7 +13,7 @@ import time
 from base64 import b32encode
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
@@ -40,6 +40,12 @@ from .session import Session, SessionState
 from .socket import Socket
 from .window import Entry
 
+if TYPE_CHECKING:
+    from tidings.telemetry.tracing import Span, Tracing
+
+    from .feed import Shared
+    from .numbers import GatewayNumbers
+
 __all__ = ["Hub", "new_id"]
 
 _STRAY_DELAY_S = 5.0
@@ -65,8 +71,12 @@ class Hub:
         connection: Connection,
         topology: Topology,
         spawn: Callable[[Coroutine[Any, Any, Any]], asyncio.Task[Any]],
+        tracing: Tracing | None = None,
     ) -> None:
         self.settings = settings
+        self.tracing = tracing
+        self.numbers: GatewayNumbers | None = None
+        """Both are None where telemetry is off."""
         self.store = store
         self.connection = connection
         self.topology = topology
@@ -258,8 +268,51 @@ class Hub:
 
     def delivered(self, session: Session, entry: Entry) -> None:
         """A device has it: noted in the inbox by and by, off the path of deliveries."""
+        if self.numbers is not None:
+            self.numbers.acknowledged(session, entry, self.numbers.personal)
+        if entry.span is not None:
+            self.end_trace(entry)
         if self.notes is not None:
             self.notes.append((session.user, session.device, entry, time.time()))
+
+    # Traces, where there are any
+
+    def trace(self, entry: Entry) -> None:
+        """Begin the span of a personal delivery, if its notification is traced. It ends with the acknowledgement."""
+        assert self.tracing is not None
+        parent = self.tracing.sampled(entry.body)
+        if parent is not None:
+            entry.span = self.tracing.start(
+                "deliver notify.user.{user}", "process", parent=parent, template="notify.user.{user}"
+            )
+
+    def trace_shared(self, entry: Entry, shared: Shared) -> None:
+        """The same of a broadcast: a trace of its own, linked to the one message that it is of."""
+        if self.tracing is not None and shared.span is not None and shared.traces_left:
+            shared.traces_left -= 1
+            entry.span = self.tracing.start(
+                "deliver broadcast.{topic}",
+                "process",
+                links=[shared.span.get_span_context()],
+                template="broadcast.{topic}",
+            )
+
+    def ids(self, span: Span) -> tuple[int, int]:
+        assert self.tracing is not None
+        return self.tracing.ids(span)
+
+    def end_trace(self, entry: Entry, problem: str | None = None) -> None:
+        """The device has it, or (with `problem`) will not have it from this session."""
+        assert self.tracing is not None
+        self.tracing.end(entry.span, problem, tidings__attempts=entry.attempts)
+        entry.span = None
+
+    def _end_traces(self, session: Session) -> None:
+        windows = [session.window] if session.lane is None else [session.window, session.lane.window]
+        for window in windows:
+            for entry in window.under_way.values():
+                if entry.span is not None:
+                    self.end_trace(entry, "session_ended")
 
     def cursor_moved(self, session: Session) -> None:
         if not session.blind:
@@ -290,7 +343,14 @@ class Hub:
             session.burying = set()
         if text not in session.burying:
             session.burying.add(text)
-            self.spawn_for(session, self._bury(session, text, entry))
+            self.spawn_for(session, self._bury_traced(session, text, entry))
+
+    async def _bury_traced(self, session: Session, text: str, entry: Entry) -> None:
+        if self.tracing is None:
+            await self._bury(session, text, entry)
+        else:
+            with self.tracing.within(entry.span):
+                await self._bury(session, text, entry)
 
     async def _bury(self, session: Session, text: str, entry: Entry) -> None:
         if plane_of(text) == BROADCAST:
@@ -318,6 +378,8 @@ class Hub:
             # It stays under way; the next redelivery tries again.
             log.warning("a dead letter of session %s could not be stored: %s", session.id, error)
         else:
+            if self.numbers is not None:
+                self.numbers.dead_letters.of("gateway", "undelivered").value += 1
             log.warning("%s was not acknowledged in %d attempts: it is a dead letter now", text, entry.attempts)
             session.buried(text)
         finally:
@@ -343,6 +405,7 @@ class Hub:
     def attach(self, session: Session, socket: Socket) -> None:
         """The session has a socket: it is live."""
         session.socket = socket
+        session.attached_ns = time.time_ns()
         session.state = SessionState.LIVE
         if not session.beating:
             session.beating = True
@@ -382,6 +445,8 @@ class Hub:
         if session.consumer:
             self.by_consumer.pop(session.consumer.encode(), None)
             self.deletions.add(session.stream, session.consumer)
+        if started and self.tracing is not None:
+            self._end_traces(session)
         self.expiries.discard(session)
         self.replaying.discard(session)
         self.blind.discard(session)

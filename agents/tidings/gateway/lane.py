@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from typing import TYPE_CHECKING, Final
 
 from tidings.store.port import Cursor
@@ -61,26 +62,38 @@ class Lane:
 
     # From the feed
 
-    def take(self, shared: Shared) -> None:
-        """One broadcast that this user follows."""
+    def take(self, shared: Shared) -> bool:
+        """One broadcast that this user follows; returns whether this was its first way to the device."""
         if not self.live:
-            return
+            return False
         socket = self._session.socket
         if socket is None or self.window.full or socket.congested():
             # It was handed out, and not to us.
             self.leave(Position(shared.position.incarnation, shared.position.sequence - 1))
             self.catch_up()
-            return
+            return False
         entry = self.window.offer(shared.text, shared.position, shared.body, None, shared.stored_ns)
-        if entry is not None:
-            hub = self._session.hub
-            entry.attempts += 1
-            entry.sent_at = now = hub.now()
-            hub.feed.unacked.setdefault(self, now)
-            if entry.attempts == 1:
-                socket.send_encoded(shared.frame)
-            else:
-                self._send([(shared.text, entry)])
+        if entry is None:
+            return False
+        hub = self._session.hub
+        entry.attempts += 1
+        entry.sent_at = now = hub.now()
+        hub.feed.unacked.setdefault(self, now)
+        if shared.span is not None:
+            hub.trace_shared(entry, shared)
+        if entry.attempts == 1:
+            socket.send_encoded(shared.frame)
+            return True
+        self._attempted(entry)
+        self._send([(shared.text, entry)])
+        return False
+
+    def _attempted(self, entry: Entry) -> None:
+        numbers = self._session.hub.numbers
+        if numbers is not None:
+            numbers.attempted(self._session, entry, time.time_ns(), numbers.broadcast)
+        if entry.span is not None:
+            entry.span.add_event("sent", {"tidings.attempt": entry.attempts})
 
     def leave(self, upto: Position | None = None) -> None:
         """No longer written to by the feed; everything up to here was."""
@@ -124,6 +137,7 @@ class Lane:
             if not entry.attempts or now - entry.sent_at > 0.9 * hub.settings.ack_wait_s:
                 entry.attempts += 1
                 entry.sent_at = now
+                self._attempted(entry)
             due.append((text, entry))
         for at in range(0, len(due), _PAGE):
             self._send(due[at : at + _PAGE])
@@ -132,8 +146,11 @@ class Lane:
 
     def acknowledge(self, text: str) -> bool:
         """The device has this one; returns whether it was under way."""
-        settled = self.window.ack(text) is not None
-        if not settled and self.gap is not None and text == self.gap.text(BROADCAST):
+        entry = self.window.ack(text)
+        settled = entry is not None
+        if entry is not None:
+            self._acknowledged(entry)
+        elif self.gap is not None and text == self.gap.text(BROADCAST):
             self._noted()
             settled = True
         self.moved = True
@@ -146,10 +163,19 @@ class Lane:
         if self.gap is not None and upto >= self.gap:
             self._noted()
             settled = 1
-        settled += len(self.window.ack_upto(upto))
+        for entry in self.window.ack_upto(upto):
+            settled += 1
+            self._acknowledged(entry)
         self.moved = True
         self.wake()
         return settled
+
+    def _acknowledged(self, entry: Entry) -> None:
+        hub = self._session.hub
+        if hub.numbers is not None:
+            hub.numbers.acknowledged(self._session, entry, hub.numbers.broadcast)
+        if entry.span is not None:
+            hub.end_trace(entry)
 
     def _noted(self) -> None:
         self.gap = None
@@ -278,6 +304,8 @@ class Lane:
             if missed > hub.settings.catchup_cap:
                 self.gap = upto
                 self.window.pin(upto)
+                if hub.numbers is not None:
+                    hub.numbers.broadcast.gaps.value += 1
                 self._announce(missed)
                 self._passed(upto)
                 return

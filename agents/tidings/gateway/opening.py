@@ -224,6 +224,8 @@ class Opener:
             ack_wait_s=settings.ack_wait_s,
             idle_s=settings.consumer_idle_s,
         )
+        if self._hub.numbers is not None:
+            self._hub.numbers.consumers.of("mend" if session.consumer else "start").value += 1
         if session.has_ended():
             self._hub.deletions.add(session.stream, name)
         else:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,7 @@ class Session:
         "_outbox",
         "_pull_left",
         "_pulls",
+        "attached_ns",
         "beating",
         "blind",
         "burying",
@@ -117,6 +119,8 @@ class Session:
         self.start_at = 0
         """The sequence from which the stream part began."""
         self.waiting_since = 0.0
+        self.attached_ns = 0
+        """When it got its socket, by the clock on the wall."""
         self.opening: asyncio.Task[Any] | None = None
         self.suitor: Socket | None = None
         """The newest socket that wants this session and does not have it yet."""
@@ -146,6 +150,8 @@ class Session:
 
     def announce_gap(self, missed: int | None, upto: Position | None) -> None:
         """The client is to page the inbox; its cursor stays until it has noted that."""
+        if self.hub.numbers is not None:
+            self.hub.numbers.personal.gaps.value += 1
         self.gap = (missed, upto)
         self.window.pin(upto)
         self.send_gap()
@@ -188,9 +194,13 @@ class Session:
         if self.hub.recent.is_copy(self.id, envelope.id, position):
             self.window.skip(position)
             self.hub.connection.ack(reply)
-        elif self.window.offer(text, position, body, reply) is None:
-            self.hub.connection.ack(reply)
         else:
+            entry = self.window.offer(text, position, body, reply)
+            if entry is None:
+                self.hub.connection.ack(reply)
+                return
+            if self.hub.tracing is not None:
+                self.hub.trace(entry)
             self._outbox_add(text)
 
     def pull(self) -> None:
@@ -236,8 +246,11 @@ class Session:
     def replay(self, position: Position, body: bytes, stored_ns: int) -> bool:
         """One item of the catch-up; False when the device has it already."""
         text = str(position)
-        if self.window.offer(text, position, body, None, stored_ns) is None:
+        entry = self.window.offer(text, position, body, None, stored_ns)
+        if entry is None:
             return False
+        if self.hub.tracing is not None:
+            self.hub.trace(entry)
         self.unstored += 1
         self.hub.replaying.add(self)
         self._outbox_add(text)
@@ -280,6 +293,8 @@ class Session:
         names, self._outbox = self._outbox, []
         items: list[bytes] = []
         size = 0
+        numbers = self.hub.numbers
+        now_ns = 0 if numbers is None else time.time_ns()
         for at, text in enumerate(names):
             entry = self.window.under_way.get(text)
             if entry is None:
@@ -291,6 +306,10 @@ class Session:
             if not entry.attempts or now - entry.sent_at > 0.9 * self.hub.settings.ack_wait_s:
                 entry.attempts += 1
                 entry.sent_at = now
+                if numbers is not None:
+                    numbers.attempted(self, entry, now_ns, numbers.personal)
+                if entry.span is not None:
+                    entry.span.add_event("sent", {"tidings.attempt": entry.attempts})
             items.append(frames.notification_item(text, entry.attempts, entry.body))
             size += len(entry.body)
             if size >= _FRAME_BYTES:
@@ -357,6 +376,8 @@ class Session:
             return
         entry = self.window.ack(text)
         if entry is not None:
+            if entry.span is not None:
+                self.hub.end_trace(entry, "undelivered")
             self.hub.recent.forget(self.id, check(entry.body).id)
             self._settled(entry, b"+TERM")
             self.hub.cursor_moved(self)

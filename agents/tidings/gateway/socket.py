@@ -48,6 +48,9 @@ _TOO_MANY: Final = WSMessage(WSMsgType.ERROR, None, codes.TOO_MANY_REQUESTS.name
 _GULP: Final = 1024
 """Bytes of one client that are read in one turn of the loop: some 60 of the smallest frames, half a millisecond."""
 
+Closed = Callable[[int, str], None]
+"""Told of each close frame: its code, and who sent it first, ``gateway`` or ``client``."""
+
 log = logging.getLogger("tidings.gateway")
 
 
@@ -177,6 +180,7 @@ class _Response(web.WebSocketResponse):
     frames: _Frames
     reader: _Reader
     limits: Limits
+    told: Closed | None = None
     dismissed = False
     """A close frame was sent already, by `Socket`."""
 
@@ -195,6 +199,8 @@ class _Response(web.WebSocketResponse):
         verdict = _OURS.get(code)  # type: ignore[call-overload]
         if verdict is not None:
             code, message = verdict.code, verdict.name.encode()
+            if self.told is not None:
+                self.told(code, "gateway")
         # The client's answer says that it has read all; aiohttp would wait without a limit for it to read.
         return await super().close(code=code, message=message, drain=False)
 
@@ -218,7 +224,9 @@ class Socket:
         "stalled",
     )
 
-    def __init__(self, frame_max_bytes: int, write_buffer_bytes: int, limits: Limits) -> None:
+    def __init__(
+        self, frame_max_bytes: int, write_buffer_bytes: int, limits: Limits, told: Closed | None = None
+    ) -> None:
         self._response = _Response(
             autoping=False,
             compress=False,
@@ -227,6 +235,7 @@ class Socket:
             timeout=_CLOSE_WAIT_S,
         )
         self._response.limits = limits
+        self._response.told = told
         self._limit = write_buffer_bytes
         self._secured = False
         self._transport: asyncio.WriteTransport | None = None
@@ -334,6 +343,9 @@ class Socket:
                 elif message is _TOO_MANY:
                     self.turn_away()
                 elif message.type is not WSMsgType.PONG:
+                    told = self._response.told
+                    if told is not None and not self._closing and message.type is WSMsgType.CLOSE:
+                        told(message.data, "client")
                     if not self._closing and message.type is WSMsgType.CLOSE and message.data == codes.NORMAL.code:
                         self.may_return = False
                     self._forget_problem()
@@ -386,6 +398,8 @@ class Socket:
             if farewell is not None:
                 self.send(farewell)
             if self.open and self._transport is not None:
+                if self._response.told is not None:
+                    self._response.told(reason.code, "gateway")
                 # Not aiohttp's: that waits for an unread buffer, and drops a connection that somebody reads from.
                 body = struct.pack("!H", reason.code) + reason.name.encode()
                 self._transport.write(bytes((0x88, len(body))) + body)

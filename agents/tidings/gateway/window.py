@@ -7,9 +7,13 @@ device's cursor. Costs 0.3 KB while nothing is under way, and 0.35 KB and the bo
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from tidings.store.port import Cursor
 from tidings.wire.position import Position
+
+if TYPE_CHECKING:
+    from tidings.telemetry.tracing import Span
 
 __all__ = ["Entry", "Window"]
 
@@ -17,7 +21,7 @@ __all__ = ["Entry", "Window"]
 class Entry:
     """A notification under way, kept until the device has it: a device that comes back is served from memory."""
 
-    __slots__ = ("attempts", "body", "position", "reply", "sent_at", "stored_ns")
+    __slots__ = ("attempts", "body", "position", "reply", "sent_at", "span", "stored_ns")
 
     def __init__(
         self, position: Position, body: bytes, reply: bytes | None, attempts: int, stored_ns: int | None = None
@@ -29,8 +33,11 @@ class Entry:
         self.attempts = attempts
         """How often it was put in front of a live client, earlier sessions included."""
         self.stored_ns = stored_ns
-        """When JetStream stored it, for what came out of the inbox; of the others `reply` says it."""
+        """When JetStream stored it, for what came out of the inbox, and for the others where it was asked for: their
+        `reply` says it."""
         self.sent_at = 0.0
+        self.span: Span | None = None
+        """Of its delivery, where that is traced."""
 
 
 class Window:

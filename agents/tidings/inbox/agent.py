@@ -14,7 +14,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Mapping
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import orjson
 
@@ -39,6 +39,10 @@ from tidings.wire.errors import (
 from tidings.wire.position import Position
 
 from .broadcasts import BroadcastWriter
+from .numbers import InboxNumbers
+
+if TYPE_CHECKING:
+    from tidings.telemetry.telemetry import Telemetry
 
 __all__ = ["InboxAgent"]
 
@@ -76,8 +80,11 @@ class InboxAgent(Service):
 
     name = "inbox"
 
-    def __init__(self, settings: Settings, store: Store) -> None:
+    def __init__(self, settings: Settings, store: Store, *, telemetry: Telemetry | None = None) -> None:
         super().__init__()
+        self._telemetry = telemetry
+        self._numbers = None if telemetry is None else InboxNumbers(telemetry.numbers)
+        self._tracing = None if telemetry is None else telemetry.tracing
         self._settings = settings
         self._store = store
         self._read = reader(settings)
@@ -101,12 +108,14 @@ class InboxAgent(Service):
 
     async def _start(self) -> None:
         self._connection = connection = await connect(self._settings, "tidings-inbox", found=self._reconnected)
+        if self._telemetry is not None:
+            self._telemetry.watch_connection(connection)
         self._topology = await topology.discover(connection)
         partitions = self._topology.partitions
         self._pull_size = max(8, 4 * self._settings.inbox_batch // partitions)
         self._pull_left, self._pulls = [0] * partitions, [0] * partitions
         self._broadcasts = BroadcastWriter(
-            self._id, connection, self._store, lambda: self._topology.broadcast, self.spawn
+            self._id, connection, self._store, lambda: self._topology.broadcast, self.spawn, self._numbers
         )
         await self._broadcasts.listen()
         await connection.listen(subject.inbox_pull(self._id, "*", "*"), self._receive)
@@ -223,13 +232,34 @@ class InboxAgent(Service):
                 size = self._settings.inbox_batch
                 rows, self._rows = self._rows[:size], self._rows[size:]
                 replies, self._replies = self._replies[:size], self._replies[size:]
-                refused = await self._store_batch(rows)
+                refused = await self._store_traced(rows)
                 if refused:
                     for index, reason in refused.items():
                         await self._bury(_poison_row(rows[index], replies[index], reason))
                     replies = [reply for index, reply in enumerate(replies) if index not in refused]
                 self._connection.ack_all(replies)
                 self._pull_where_none()
+
+    async def _store_traced(self, rows: list[InboxRow]) -> Mapping[int, str]:
+        """`_store_batch`, in a span of its own that is linked to each traced notification of the batch."""
+        tracing = self._tracing
+        if tracing is None:
+            return await self._store_batch(rows)
+        links = [parent for row in rows if (parent := tracing.sampled(row.body)) is not None]
+        if not links:
+            return await self._store_batch(rows)
+        span = tracing.start(
+            "store notify.user.{user}",
+            "process",
+            links=links,
+            template="notify.user.{user}",
+            group=INBOX,
+            batch__message_count=len(rows),
+        )
+        with tracing.within(span):
+            refused = await self._store_batch(rows)
+        tracing.end(span, RowsRefused.code if refused else None)
+        return refused
 
     async def _store_batch(self, rows: list[InboxRow]) -> Mapping[int, str]:
         """Store rows durably; while the store is down, wait, and pull no more than is asked for.
@@ -239,7 +269,11 @@ class InboxAgent(Service):
         backoff = Backoff(0.1, 5.0)
         while True:
             try:
-                await self._store.append(rows)
+                if self._numbers is None:
+                    await self._store.append(rows)
+                else:
+                    await self._numbers.calls.timed("append", self._store.append(rows))
+                    self._numbers.stored("personal", [row.stored_ns for row in rows])
             except RowsRefused as error:
                 return error.reasons
             except StoreUnavailable as error:
@@ -269,6 +303,8 @@ class InboxAgent(Service):
         except StreamUnavailable as error:
             self.log.warning("the dead letter waits for its redelivery: %s", error)
         else:
+            if self._numbers is not None:
+                self._numbers.buried(letter.reason)
             self._connection.ack(letter.reply, b"+TERM")
 
     async def _expire(self) -> None:
@@ -306,9 +342,15 @@ class InboxAgent(Service):
     async def _announce(self) -> None:
         found = self._topology
         parts = (*range(found.partitions), BROADCAST_PART)
-        floors = await asyncio.gather(*(consumers.inbox_floor(self._connection, part) for part in parts))
+        reached = await asyncio.gather(
+            *(consumers.progress(self._connection, notify_stream(part), INBOX) for part in parts)
+        )
         if found is not self._topology:
             return
+        floors = [one.floor for one in reached]
+        if self._numbers is not None:
+            # Broadcasts are the last part.
+            self._numbers.learned(sum(one.lag for one in reached[:-1]), reached[-1].lag)
         incarnations = [found.beginning(part).incarnation for part in parts]
         body = {"agent": self._id, "incarnations": incarnations, "floors": floors}
         self._connection.send(subject.INBOX_FLOOR, orjson.dumps(body))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from tidings.runtime.backoff import Backoff
 from tidings.store.port import Broadcast, Store
@@ -22,6 +22,9 @@ from tidings.wire import subject
 from tidings.wire.errors import BadTopic, InvalidNotification, RowsRefused, StoreUnavailable, StreamUnavailable
 from tidings.wire.notification import check
 from tidings.wire.position import Position
+
+if TYPE_CHECKING:
+    from .numbers import InboxNumbers
 
 __all__ = ["BroadcastWriter"]
 
@@ -42,7 +45,9 @@ class BroadcastWriter:
         store: Store,
         incarnation: Callable[[], int],
         spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
+        numbers: InboxNumbers | None,
     ) -> None:
+        self._numbers = numbers
         self._agent = agent
         self._connection = connection
         self._store = store
@@ -115,7 +120,11 @@ class BroadcastWriter:
         backoff = Backoff(0.1, 5.0)
         while True:
             try:
-                await self._store.append_broadcasts(rows)
+                if self._numbers is None:
+                    await self._store.append_broadcasts(rows)
+                else:
+                    await self._numbers.calls.timed("append_broadcasts", self._store.append_broadcasts(rows))
+                    self._numbers.stored("broadcast", [row.stored_ns for row in rows])
             except RowsRefused as error:
                 return dict(error.reasons)
             except StoreUnavailable as error:
@@ -145,4 +154,6 @@ class BroadcastWriter:
         except StreamUnavailable as error:
             log.warning("the dead letter waits for its redelivery: %s", error)
         else:
+            if self._numbers is not None:
+                self._numbers.buried(reason)
             self._connection.ack(reply, b"+TERM")

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Mapping
 from datetime import datetime
 from types import MappingProxyType
-from typing import Any, Final, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 from urllib.parse import quote
 
 import orjson
@@ -14,6 +14,9 @@ import orjson
 from tidings.stream.consumers import status_of
 from tidings.stream.topology import TOPICS, notify_stream
 from tidings.wire import subject
+
+if TYPE_CHECKING:
+    from tidings.telemetry.tracing import Span
 
 __all__ = ["Attempt", "Event", "Ready", "Receipt", "Verdict", "read_answer"]
 
@@ -141,7 +144,7 @@ def _refusal(error: dict[str, Any]) -> Verdict:
 class Attempt:
     """A publish under way: sent once or more, always under the same message id."""
 
-    __slots__ = ("_answer", "began", "body", "header", "id", "key", "last_sent", "reply", "where")
+    __slots__ = ("_answer", "began", "body", "header", "id", "key", "last_sent", "reply", "span", "where")
 
     def __init__(self, where: str, id: str, body: bytes, reply: str) -> None:
         self.where = where
@@ -153,6 +156,8 @@ class Attempt:
         # names both. A user's is short, and the same whether a service publishes to the user or to a topic.
         token = where.removeprefix(_TO_USER)
         self.header = f"NATS/1.0\r\nNats-Msg-Id: {token}/{quote(id, safe='')}\r\n\r\n".encode()
+        self.span: Span | None = None
+        """Of this publish, where it is traced."""
         self.began = 0.0
         self.last_sent = 0.0
         self._answer: asyncio.Future[Verdict] | None = None

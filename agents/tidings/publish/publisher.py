@@ -24,7 +24,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Sequence
 from datetime import datetime
 from types import TracebackType
-from typing import Any, Final, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 from tidings.runtime.backoff import Backoff
 from tidings.runtime.settings import Settings
@@ -36,10 +36,16 @@ from tidings.wire.notification import build, check
 
 from .attempt import Attempt, Event, Ready, Receipt, Verdict, read_answer
 
+if TYPE_CHECKING:
+    from tidings.telemetry.tracing import Span, Tracing
+
 __all__ = ["Publisher"]
 
 _ATTEMPT_S: Final = 2.0
 """How long a confirmation may take before the notification is sent again under the same id."""
+_TO_USER: Final = "notify.user.{user}"
+_TO_TOPIC: Final = "notify.topic.{topic}"
+"""How spans name what is published to."""
 _ELECTION_S: Final = 3.0
 """How long it may take until some server answers for a stream; after that there is none."""
 
@@ -60,7 +66,9 @@ class Publisher:
 
     `nats` is a connection (which stays open), settings, or the address of a server. `timeout_s` bounds one
     publish with all its retries. With `schemas`, what the schema of its type forbids is refused before anything is
-    sent (`SchemaViolation`, an `InvalidNotification`).
+    sent (`SchemaViolation`, an `InvalidNotification`). With `tracing` (`tidings.telemetry.tracing.Tracing()` is that of
+    the application's own OpenTelemetry; needs tidings[otel]) each sampled publish is a span, and the event has its
+    ``traceparent``; one that the event has already stays, and is what the span belongs to.
     """
 
     def __init__(
@@ -70,7 +78,9 @@ class Publisher:
         source: str = "tidings",
         timeout_s: float = 30.0,
         schemas: Schemas | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
+        self._tracing = tracing
         self._given = nats
         self._schemas = schemas
         self._source = source
@@ -140,8 +150,8 @@ class Publisher:
         `PublishUnconfirmed` when nobody confirmed within `timeout_s`: then publish again with the same id.
         """
         where = subject.notify_user(user)
-        id, body = self._build(type=type, data=data, id=id, time=time, topic=topic, **attributes)
-        return await self._confirmed(self._begin(where, id, body))
+        built = self._build(_TO_USER, type=type, data=data, id=id, time=time, topic=topic, **attributes)
+        return await self._confirmed(self._begin(where, *built))
 
     async def publish_topic(
         self,
@@ -155,8 +165,8 @@ class Publisher:
     ) -> Receipt:
         """Publish to everybody who has subscribed to the topic; otherwise like `publish`. Raises `BadTopic` too."""
         where = subject.notify_topic(topic)
-        id, body = self._build(type=type, data=data, id=id, time=time, topic=topic, **attributes)
-        return await self._confirmed(self._begin(where, id, body))
+        built = self._build(_TO_TOPIC, type=type, data=data, id=id, time=time, topic=topic, **attributes)
+        return await self._confirmed(self._begin(where, *built))
 
     async def publish_body(self, user: str, body: bytes) -> Receipt:
         """Publish a CloudEvent that is ready; otherwise like `publish`."""
@@ -272,26 +282,40 @@ class Publisher:
         """Send an event; its mistakes are kept for its turn."""
         try:
             where = subject.notify_user(event.user)
-            id, body = self._build(type=event.type, data=event.data, id=event.id, time=event.time, **event.attributes)
-            attempt = self._begin(where, id, body)
+            id, body, span = self._build(
+                _TO_USER, type=event.type, data=event.data, id=event.id, time=event.time, **event.attributes
+            )
+            attempt = self._begin(where, id, body, span)
         except TidingsError as error:
             return _Fed(event, error)
         return _Fed(event if event.id == id else event._replace(id=id), attempt)
 
     # One publish
 
-    def _build(self, **event: Any) -> tuple[str, bytes]:
-        id, body = build(source=self._source, **event)
-        if self._schemas is not None:
-            self._schemas.check(body)
-        return id, body
+    def _build(self, template: str, **event: Any) -> tuple[str, bytes, Span | None]:
+        span: Span | None = None
+        if self._tracing is not None:
+            given = event.get("traceparent")
+            span = self._tracing.publish(template, given=given)
+            if span is not None and given is None:
+                event["traceparent"] = self._tracing.traceparent(span)
+        try:
+            id, body = build(source=self._source, **event)
+            if self._schemas is not None:
+                self._schemas.check(body)
+        except TidingsError as error:
+            if self._tracing is not None:
+                self._tracing.end(span, error)
+            raise
+        return id, body, span
 
-    def _begin(self, where: str, id: str, body: bytes) -> Attempt:
+    def _begin(self, where: str, id: str, body: bytes, span: Span | None = None) -> Attempt:
         """Send once, without waiting; `_confirmed` sees to the rest. Whatever begins here must end there."""
         if self._connection is None:
             raise StreamUnavailable("the publisher is not open: use `async with`")
         self._number += 1
         attempt = Attempt(where, id, body, f"{self._inbox}{self._number}")
+        attempt.span = span
         self._waiting[attempt.key] = attempt
         self._send(attempt)
         return attempt
@@ -333,6 +357,7 @@ class Publisher:
         clock = asyncio.get_running_loop().time
         deadline = attempt.began + self._timeout_s
         backoff: Backoff | None = None
+        problem: BaseException | None = None
         try:
             while True:
                 verdict = await attempt.verdict(min(attempt.last_sent + _ATTEMPT_S, deadline))
@@ -351,5 +376,10 @@ class Publisher:
                     )
                 await asyncio.sleep(next_time - clock())
                 self._send(attempt)
+        except BaseException as error:
+            problem = error
+            raise
         finally:
             self._waiting.pop(attempt.key, None)
+            if attempt.span is not None and self._tracing is not None:
+                self._tracing.end(attempt.span, problem, messaging__message__id=attempt.id)

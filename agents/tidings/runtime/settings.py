@@ -208,11 +208,25 @@ class Settings:
         "allow", "what becomes of a notification whose type has no schema", choices=("allow", "refuse")
     )
 
+    # Telemetry
+    telemetry: str = _text("off", "metrics and traces (needs tidings[otel])", choices=("off", "on"))
+    metrics_host: str = _text("127.0.0.1", "address that /metrics is served on")
+    metrics_port: int = _number(9464, 0, 65_535, "port of /metrics; 0 for any")
+    trace_sample_ratio: float = _number(
+        0.01, 0, 1, "share of the notifications published here, without a trace of their own, that begin one"
+    )
+    otlp_endpoint: str = _text(
+        "",
+        "address that metrics and traces are sent to by OTLP over HTTP, such as http://collector:4318; empty for none",
+    )
+    otlp_interval_s: float = _number(15, 0.1, 3600, "how often metrics are sent there")
+
     # All
     insecure: str = _text(
         "", "what may be without protection, comma-separated: gateway, api, nats, nats-credentials, cql, token-key"
     )
     log_level: str = _text("info", "how much is logged", choices=("debug", "info", "warning", "error"))
+    log_format: str = _text("text", "a line of text for each event, or an object of JSON", choices=("text", "json"))
     request_timeout_s: float = _number(5, 0.1, 60, "how long an answer of JetStream may take")
     api_requests: int = _number(64, 1, 4096, "most requests that a process has under way at JetStream's API")
 

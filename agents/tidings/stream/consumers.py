@@ -39,6 +39,7 @@ __all__ = [
     "session_consumer",
     "session_of",
     "status_of",
+    "stored_ns",
 ]
 
 _NANOSECONDS: Final = 1_000_000_000
@@ -70,6 +71,12 @@ def parse_reply(reply: bytes) -> Delivery:
     return Delivery(
         words[at], words[at + 1], int(words[at + 2]), int(words[at + 3]), int(words[at + 4]), int(words[at + 5])
     )
+
+
+def stored_ns(reply: bytes) -> int:
+    """Of that only when the message was stored, for whoever asks it of each."""
+    words = reply.split(b".")
+    return int(words[7 if len(words) == _V1_TOKENS else 9])
 
 
 def status_of(header: bytes) -> tuple[int, bytes]:
@@ -293,9 +300,22 @@ async def last_sequence(connection: Connection, partition: int) -> int:
 
 async def inbox_floor(connection: Connection, partition: int) -> int:
     """The ack floor of the inbox agents: all up to it is in the store."""
-    info = await connection.api(f"CONSUMER.INFO.{notify_stream(partition)}.{INBOX}")
-    floor: int = info["ack_floor"]["stream_seq"]
-    return floor
+    return (await progress(connection, notify_stream(partition), INBOX)).floor
+
+
+class Progress(NamedTuple):
+    """How far the agents that share a consumer have come."""
+
+    floor: int
+    """Everything up to this sequence is acknowledged."""
+    lag: int
+    """Messages that are not acknowledged."""
+
+
+async def progress(connection: Connection, stream: str, name: str) -> Progress:
+    """Of a shared consumer; raises `StreamUnavailable`."""
+    info = await connection.api(f"CONSUMER.INFO.{stream}.{name}")
+    return Progress(info["ack_floor"]["stream_seq"], info["num_pending"] + info["num_ack_pending"])
 
 
 async def bury(
