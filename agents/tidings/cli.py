@@ -26,6 +26,7 @@ from tidings.commands import (
     schemas,
     settings,
     tokens,
+    top,
     topology,
     user,
 )
@@ -41,18 +42,18 @@ _READER_LEFT: Final = 141
 
 def parser() -> argparse.ArgumentParser:
     """All commands and their arguments."""
-    top = argparse.ArgumentParser(
+    program = argparse.ArgumentParser(
         prog="tidings",
         description="A self-hosted event mesh for real-time notifications.",
         epilog="Settings come from the command line, the environment (TIDINGS_…), --config, the defaults: "
         "`tidings settings` lists them.",
     )
-    top.add_argument("--config", default=None, **_CONFIG)
+    program.add_argument("--config", default=None, **_CONFIG)
     # Before or after the command. The one after has no default, which would undo the one before.
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--config", default=argparse.SUPPRESS, **_CONFIG)
-    top.add_argument("--version", action="version", version=f"tidings {tidings.__version__}")
-    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    program.add_argument("--version", action="version", version=f"tidings {tidings.__version__}")
+    commands = program.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for module in (
         dev,
         tokens,
@@ -61,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
         topology,
         agents,
         user,
+        top,
         explain,
         deadletters,
         schemas,
@@ -68,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
         settings,
     ):
         module.register(commands, common)
-    return top
+    return program
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -174,7 +174,7 @@ class GuardedStore:
         return await self._call("holders", self._store.holders(user))
 
     async def devices(self, user: str) -> list[DeviceCursor]:
-        return await self._call(self._store.devices(user))
+        return await self._call("devices", self._store.devices(user))
 
     async def subscribe(self, user: str, topics: Sequence[str], most: int, since: Position) -> None:
         await self._call("subscribe", self._store.subscribe(user, topics, most, since))

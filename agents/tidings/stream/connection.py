@@ -115,8 +115,9 @@ class _Transport(TcpTransport):
     ) -> None:
         await super().connect_tls(uri, ssl_context, buffer_size, connect_timeout)
         assert self._io_writer is not None
-        # A connection that is upgraded is not made known to its new protocol: that would ask for what TLS cannot do when
-        # the server goes (to stay half open, which asyncio warns of), and its reader could not hold back a fast server.
+        # A connection that is upgraded is not made known to its new protocol: that would ask for what TLS cannot do
+        # when the server goes (to stay half open, which asyncio warns of), and its reader could not hold back a fast
+        # server.
         transport = self._io_writer.transport
         transport.get_protocol().connection_made(transport)
 

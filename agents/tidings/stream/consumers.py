@@ -21,6 +21,7 @@ from .topology import BROADCAST, DEAD, INBOX, notify_stream
 __all__ = [
     "Delivery",
     "Progress",
+    "SharedProgress",
     "Stored",
     "bury",
     "create_feed",
@@ -38,6 +39,7 @@ __all__ = [
     "resize",
     "session_consumer",
     "session_of",
+    "shared_progress",
     "status_of",
     "stored_ns",
 ]
@@ -300,10 +302,10 @@ async def last_sequence(connection: Connection, partition: int) -> int:
 
 async def inbox_floor(connection: Connection, partition: int) -> int:
     """The ack floor of the inbox agents: all up to it is in the store."""
-    return (await progress(connection, notify_stream(partition), INBOX)).floor
+    return (await shared_progress(connection, notify_stream(partition), INBOX)).floor
 
 
-class Progress(NamedTuple):
+class SharedProgress(NamedTuple):
     """How far the agents that share a consumer have come."""
 
     floor: int
@@ -312,10 +314,10 @@ class Progress(NamedTuple):
     """Messages that are not acknowledged."""
 
 
-async def progress(connection: Connection, stream: str, name: str) -> Progress:
+async def shared_progress(connection: Connection, stream: str, name: str) -> SharedProgress:
     """Of a shared consumer; raises `StreamUnavailable`."""
     info = await connection.api(f"CONSUMER.INFO.{stream}.{name}")
-    return Progress(info["ack_floor"]["stream_seq"], info["num_pending"] + info["num_ack_pending"])
+    return SharedProgress(info["ack_floor"]["stream_seq"], info["num_pending"] + info["num_ack_pending"])
 
 
 async def bury(
