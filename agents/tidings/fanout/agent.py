@@ -213,7 +213,7 @@ class FanoutAgent(Service):
         """Copy a topic's messages, one after the other, until none waits."""
         try:
             while waiting:
-                if await self._fan_out_traced(waiting[0]):
+                if await self._fan_out(waiting[0]):
                     self._connection.ack(waiting[0].reply)
                 waiting.popleft()
                 self._held -= 1
@@ -221,20 +221,20 @@ class FanoutAgent(Service):
         finally:
             del self._waiting[where]
 
-    async def _fan_out_traced(self, message: _Message) -> bool:
-        """`_fan_out`, in a span of the message's trace if it has one."""
+    async def _fan_out(self, message: _Message) -> bool:
+        """`_bring`, in a span of the message's trace if it has one."""
         parent = None if self._tracing is None else self._tracing.sampled(message.body)
         if self._tracing is None or parent is None:
-            return await self._fan_out(message, None)
+            return await self._bring(message, None)
         span = self._tracing.start(
             "fan-out notify.topic.{topic}", "process", parent=parent, template="notify.topic.{topic}", group=FANOUT
         )
         with self._tracing.within(span):
-            done = await self._fan_out(message, span)
+            done = await self._bring(message, span)
         self._tracing.end(span, None if done else "dead_letter")
         return done
 
-    async def _fan_out(self, message: _Message, span: Span | None) -> bool:
+    async def _bring(self, message: _Message, span: Span | None) -> bool:
         """Bring one message to all subscribers, however long it takes; False when it is a dead letter instead."""
         try:
             topic = subject.topic_of(message.where)

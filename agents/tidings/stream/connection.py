@@ -106,7 +106,7 @@ class _Transport(TcpTransport):
     """nats-py's, whose streams over TLS are made known to each other."""
 
     def __init__(self, connected: TcpTransport) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._bare_io_reader = self._io_reader = connected._io_reader
         self._bare_io_writer = self._io_writer = connected._io_writer
 

@@ -29,7 +29,7 @@ def read(text: str, at_s: float) -> Scrape:
         at_s,
         {
             (sample.name, frozenset(sample.labels.items())): float(sample.value)
-            for family in text_string_to_metric_families(text)
+            for family in text_string_to_metric_families(text)  # type: ignore[no-untyped-call]
             for sample in family.samples
         },
     )
