@@ -47,7 +47,7 @@ async def test_a_mesh_at_work(tmp_path: Path) -> None:
         assert line.split()[1:3] == ["gateway", "1"]
         assert float(line.split()[3].replace(",", "")) > 0
         assert re.search(r"inbox +[\d.,]*[1-9]", said)
-        assert "http://127.0.0.1:1/metrics" in said
+        assert "127.0.0.1:1 " in said
         await inbox.stop()
         await gateway.stop()
 

@@ -73,6 +73,11 @@ def _address(text: str) -> str:
     return url if url.endswith("/metrics") else f"{url.rstrip('/')}/metrics"
 
 
+def _name(url: str) -> str:
+    """An address as it is shown."""
+    return url.removeprefix("http://").removesuffix("/metrics")
+
+
 async def _top(urls: Sequence[str], every_s: float, ca: str | None, *, once: bool) -> int:
     """A live view of agents with telemetry (the setting telemetry=on): sessions, rates, latencies, lag, dead letters.
 
@@ -95,7 +100,7 @@ async def _top(urls: Sequence[str], every_s: float, ca: str | None, *, once: boo
             found = dict(zip(urls, await asyncio.gather(*(_scrape(http, url) for url in urls)), strict=True))
             earlier, before = before, found
             return {
-                url: said if isinstance(said, str) else Span(said, _scraped(earlier.get(url)))
+                _name(url): said if isinstance(said, str) else Span(said, _scraped(earlier.get(url)))
                 for url, said in found.items()
             }
 

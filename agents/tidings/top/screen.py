@@ -23,7 +23,7 @@ _OBJECTIVE_S: Final = 0.2
 """What is slower than the service's objective is shown in red."""
 
 Agents = Mapping[str, Span | str]
-"""By address: what an agent said, or why it did not."""
+"""By name: what an agent said, or why it did not."""
 
 
 class Display:
@@ -76,7 +76,7 @@ def _kinds(reading: Reading) -> str:
 
 def screen(agents: Agents, now: datetime) -> RenderableType:
     """One picture."""
-    answered = {url: span for url, span in agents.items() if isinstance(span, Span)}
+    answered = {url: span for name, span in agents.items() if isinstance(span, Span)}
     whole = Reading(answered.values())
     head = Text(f"tidings top  {now:%H:%M:%S}  {len(answered)} of {len(agents)} agents answer", style="bold")
     if len(answered) < len(agents):
@@ -90,16 +90,16 @@ def _agents(agents: Agents) -> Table:
         table.add_column(name, no_wrap=True)
     for name in ("sessions", "deliveries/s", "acks/s", "again/s", "socket p99", "ack p99", "full", "CPU", "MB", "NATS"):
         table.add_column(name, justify="right", no_wrap=True)
-    for url, span in agents.items():
+    for name, span in agents.items():
         if isinstance(span, str):
-            table.add_row(url, Text(span, style="red"))
+            table.add_row(name, Text(span, style="red"))
             continue
         one = Reading([span])
         gateway = one.has(catalogue.SESSIONS)
         cpu = one.rate(catalogue.CPU)
         connected = bool(one.value(catalogue.NATS_CONNECTED))
         table.add_row(
-            url,
+            name,
             _kinds(one),
             *(
                 (
