@@ -23,6 +23,7 @@ from .host import BenchFailed, pick_cores, running_mesh
 from .hostile import HostilePlan, HostileRepeat, run_hostile
 from .leaving import ExodusPlan, LeavingPlan, LeavingRepeat, run_leaving
 from .system import alone, machine, on_cores, raise_open_files, versions
+from .telemetry import TelemetryPlan, TelemetryRepeat, run_telemetry
 from .topics import CrowdPlan, TopicPlan, TopicRepeat, run_topics
 from .workloads import Counts, Plan, Repeat, Say, run_repeat
 
@@ -40,7 +41,7 @@ class _Suite(NamedTuple):
     quick: dict[str, Any]
     """Of the plan, for a smoke test."""
     figures: Sequence[Figure]
-    run: Callable[[Any, Say], Awaitable[Repeat | TopicRepeat | LeavingRepeat | HostileRepeat]]
+    run: Callable[[Any, Say], Awaitable[Repeat | TopicRepeat | LeavingRepeat | HostileRepeat | TelemetryRepeat]]
     file: Path
     """Where the figures go unless something else is said."""
     begin: str
@@ -148,6 +149,24 @@ _SUITES: Final = {
         "<!-- hostile: written by `python -m bench --suite hostile --write` -->",
         "<!-- end of hostile -->",
     ),
+    "telemetry": _Suite(
+        TelemetryPlan,
+        {
+            "devices": 50,
+            "rate": 200,
+            "seconds": 0.5,
+            "repeats": 1,
+            "partitions": 8,
+            "warm_up": 5,
+            "warm_up_s": 0.3,
+            "pairs": 2,
+        },
+        figures.TELEMETRY,
+        run_telemetry,
+        Path("bench/telemetry.json"),
+        "<!-- telemetry: written by `python -m bench --suite telemetry --write` -->",
+        "<!-- end of telemetry -->",
+    ),
 }
 
 
@@ -183,8 +202,8 @@ def _arguments() -> argparse.Namespace:
     group.add_argument("--every-s", type=float, help=f"seconds between two (default: {topics.every_s:g})")
     group.add_argument("--copies", type=int, help=f"subscribers who get a copy each (default: {topics.copies})")
     args = parser.parse_args()
-    if args.profile and args.suite in ("leaving", "exodus"):
-        parser.error("no agent lives through these suites: profile another one")
+    if args.profile and args.suite in ("leaving", "exodus", "telemetry"):
+        parser.error("no one agent lives through this suite: profile another one")
     if args.profile == "fanout" and args.suite == "personal":
         parser.error("the personal suite has no fan-out agent: --suite topics")
     return args
@@ -243,6 +262,11 @@ def _loads(plan: AnyPlan) -> str:
     if isinstance(plan, HostilePlan):
         return (
             f"{plan.rate:,} notifications a second for {plan.seconds:g} s a load; {plan.hostile} hostile clients a kind"
+        )
+    if isinstance(plan, TelemetryPlan):
+        return (
+            f"{plan.rate:,} notifications of {plan.size} bytes a second, one of {plan.traced_every} traced, "
+            f"{plan.pairs} pairs of loads of {plan.seconds:g} s"
         )
     if isinstance(plan, TopicPlan):
         return (

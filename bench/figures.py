@@ -8,7 +8,7 @@ from typing import Any, Final, NamedTuple
 
 from .mallory import KINDS
 
-__all__ = ["HOSTILE", "LEAVING", "PERSONAL", "TOPICS", "Figure", "summary", "table"]
+__all__ = ["HOSTILE", "LEAVING", "PERSONAL", "TELEMETRY", "TOPICS", "Figure", "summary", "table"]
 
 
 class Figure(NamedTuple):
@@ -123,6 +123,19 @@ def _hostile(kind: str, who: str) -> Iterable[Figure]:
 
 
 HOSTILE: Final[tuple[Figure, ...]] = tuple(figure for kind in KINDS for figure in _hostile(kind, KINDS[kind]))
+
+
+def _telemetry(kind: str, who: str, most: float | None = None) -> Iterable[Figure]:
+    yield Figure(f"{kind}_off_us", f"CPU of {who}, telemetry off", "µs a delivery", 1)
+    yield Figure(f"{kind}_on_us", f"CPU of {who}, telemetry on", "µs a delivery", 1)
+    yield Figure(f"{kind}_ratio", f"CPU of {who}, on by off", "times", 3, most)
+
+
+TELEMETRY: Final[tuple[Figure, ...]] = (
+    *_telemetry("gateway", "the gateway"),
+    *_telemetry("inbox", "the inbox agent"),
+    *_telemetry("both", "both", 1.05),
+)
 
 
 def summary(runs: Sequence[Mapping[str, float]], wanted: Sequence[Figure]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import time
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -314,11 +314,13 @@ class Mesh:
         size: int,
         message_id: bool,
         to: Worker | None = None,
+        traced_every: int = 0,
     ) -> dict[str, Any]:
         """Publish from a process of its own, having told the load client what to expect; returns its report."""
         run = self._next_run()
         await (to or self.load).ask("expect", run=run, count=count)
-        return await self.order(Order(self._nats.port, run, count, rate, users.start, len(users), size, message_id))
+        order = Order(self._nats.port, run, count, rate, users.start, len(users), size, message_id)
+        return await self.order(replace(order, traced_every=traced_every))
 
     async def publish_to(
         self, where: str, *, count: int, rate: float, size: int, devices: int, acking: bool

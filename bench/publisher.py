@@ -55,6 +55,8 @@ class Order:
     """Send ``Nats-Msg-Id``, as the SDK's Publisher does: JetStream then remembers it for its duplicate window."""
     subject: str = ""
     """Where all of it goes instead: to nobody in particular. ``*`` stands for the number of each."""
+    traced_every: int = 0
+    """Of so many one has a sampled ``traceparent``; 0 for none."""
 
 
 class Answers:
@@ -113,10 +115,12 @@ class _Messages:
         """A notification of `size` bytes that says when it was made, by the clock that the receiver has too."""
         order = self._order
         user = EVERYBODY if order.subject else self._users[number]
+        traced = order.traced_every and not number % order.traced_every
+        trace = b'"traceparent":"00-%032x-%016x-01",' % (order.run << 64 | number + 1, number + 1) if traced else b""
         body = (
-            b'{"specversion":"1.0","id":"%d-%d","source":"bench","type":"bench.made","time":"%b","data":'
+            b'{"specversion":"1.0","id":"%d-%d","source":"bench","type":"bench.made","time":"%b",%b"data":'
             b'{"run":%d,"number":%d,"device":%d,"ns":%d,"fill":"'
-            % (order.run, number, self._time, order.run, number, user, time.monotonic_ns())
+            % (order.run, number, self._time, trace, order.run, number, user, time.monotonic_ns())
         )
         body += self._fill[: max(0, order.size - len(body) - 3)] + b'"}}'
         where = (order.subject.replace("*", str(number)) or f"notify.user.{user_of(user)}").encode()

