@@ -40,7 +40,8 @@ class Door:
         """One more connection, which the server has noticed."""
         name = None if trust is None else "localhost"
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port, ssl=trust, server_hostname=name)
-        self._stack.callback(writer.transport.abort)
+        # asyncio ends the connection of a reader that nobody has any more.
+        self._stack.callback(lambda _: writer.transport.abort(), reader)
         return reader, writer
 
     async def silent(self, count: int) -> list[Connection]:
