@@ -214,6 +214,7 @@ class Socket:
         "_transport",
         "heard",
         "may_return",
+        "paging",
         "pinged",
         "stalled",
     )
@@ -244,6 +245,8 @@ class Socket:
         self.pinged = False
         self.stalled = False
         """Somebody waits for `drained`."""
+        self.paging = asyncio.Lock()
+        """Pages of the inbox are read and sent one after the other: each waits until those before it were read."""
 
     async def accept(self, request: web.Request) -> web.WebSocketResponse:
         """Shake hands. aiohttp answers what is no WebSocket request with 400."""
