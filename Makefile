@@ -3,7 +3,8 @@
 # make test      every check, one tox environment each
 # make lint      style and types only
 # make fuzz      100,000 hostile frames and bodies (FUZZ=n for another number, SEED=x to repeat a run)
-# make bench     what a device and a notification cost (make bench-stores: the inbox on each store)
+# make bench     what a device and a notification cost (make bench-stores: the inbox on each store;
+#                make bench-peers: beside what else you could take)
 # make clean     forget all of it, the state folder .tidings excepted
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: install dev test lint fuzz bench bench-stores clean
+.PHONY: install dev test lint fuzz bench bench-peers bench-stores clean
 .DEFAULT_GOAL := install
 
 install: $(VENV)/.installed
@@ -41,10 +42,16 @@ lint: $(VENV)/.tox-installed
 # `make test` runs a few thousand of them.
 fuzz: install
 	$(PIP) install --editable '.[test]'
-	TIDINGS_TEST_FUZZ_CASES=$(or $(FUZZ),100000) TIDINGS_TEST_FUZZ_SEED=$(SEED) $(BIN)/python -m pytest -s tests/fuzz
+	TIDINGS_TEST_FUZZ_CASES=$(or $(FUZZ),100000) TIDINGS_TEST_FUZZ_SEED=$(SEED) $(BIN)/python -m pytest -s -o faulthandler_timeout=0 tests/fuzz
 
 bench: install
 	$(BIN)/python -m bench $(ARGS)
+
+# What bench/README.md says about the peers' own programs: ARGS="--centrifugo PATH".
+bench-peers: install
+	@command -v redis-server >/dev/null || infra/apt-install redis-server
+	$(PIP) install --editable '.[dev,bench]'
+	$(BIN)/python -m bench.peers $(ARGS)
 
 # The inbox on SQLite and on CQL.
 bench-stores: install
