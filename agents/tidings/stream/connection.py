@@ -119,7 +119,8 @@ class _Transport(TcpTransport):
         # when the server goes (to stay half open, which asyncio warns of), and its reader could not hold back a fast
         # server.
         transport = self._io_writer.transport
-        transport.get_protocol().connection_made(transport)
+        if not transport.is_closing():
+            transport.get_protocol().connection_made(transport)
 
 
 class Connection(Client):
