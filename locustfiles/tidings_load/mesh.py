@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ssl
+from functools import cache
 from pathlib import Path
 from typing import Final, NamedTuple, Self
 
@@ -63,4 +64,10 @@ class Mesh(NamedTuple):
         return issue_service(self.key, name, scope, _TTL_S, issuer=self.issuer, audience=self.audience)
 
     def tls(self) -> ssl.SSLContext:
-        return ssl.create_default_context(cafile=self.ca or None)
+        return _context(self.ca)
+
+
+@cache
+def _context(ca: str) -> ssl.SSLContext:
+    """One for all devices: reading the system's authorities takes longer than connecting."""
+    return ssl.create_default_context(cafile=ca or None)
