@@ -18,6 +18,8 @@ from support.clock import PATIENCE_S, until
 from support.faulty import FaultyStore
 from support.mesh import Mesh
 from tidings.api.agent import Api
+from tidings.telemetry import catalogue
+from tidings.telemetry.telemetry import Telemetry
 
 UNREAD: Final = "/v1/users/alice/unread"
 PUBLISH: Final = "/v1/publish"
@@ -253,12 +255,10 @@ async def test_store_is_away(mesh: Mesh) -> None:
         await agent.stop()
 
 
-async def test_observer(mesh: Mesh) -> None:
-    """Whoever keeps counters is told of each answer, by route and never by path."""
-    seen: list[tuple[str, str, int]] = []
-    agent = Api(
-        mesh.settings, mesh.store, observer=lambda method, route, status, s: seen.append((method, route, status))
-    )
+async def test_answers_are_counted(mesh: Mesh) -> None:
+    """Each answer, by method and class of status, and never by path: that of a user is the user's."""
+    telemetry = Telemetry(dataclasses.replace(mesh.settings, telemetry="on"), "api")
+    agent = Api(mesh.settings, mesh.store, telemetry=telemetry)
     await agent.start()
     try:
         async with client(agent.port) as http:
@@ -267,7 +267,10 @@ async def test_observer(mesh: Mesh) -> None:
             await http.post(PUBLISH)
     finally:
         await agent.stop()
-    assert seen == [("GET", "/v1/users/{user}/unread", 200), ("GET", "", 404), ("POST", PUBLISH, 401)]
+        await telemetry.stop()
+    members = telemetry.numbers.histogram(catalogue.REQUESTS).members
+    counted = {values: sum(bins.counts) for values, bins in members.items() if any(bins.counts)}
+    assert counted == {("GET", "2xx"): 1, ("GET", "4xx"): 1, ("POST", "4xx"): 1}
 
 
 async def test_mistakes_tell_nothing(mesh: Mesh, caplog: pytest.LogCaptureFixture) -> None:

@@ -162,6 +162,7 @@ async def test_one_becomes_many(tmp_path: Path, most: int, plane: str) -> None:
             assert (received.trace, received.parent) == (fan_out.trace, fan_out.id)
             assert {one.links[0] for one in deliveries} == {(received.trace, received.id)}
         assert len({one.trace for one in deliveries} | {fan_out.trace}) == 3
+        assert all(one.events == ["sent"] for one in deliveries)
 
 
 def _application_tracer() -> Any:

@@ -310,7 +310,7 @@ class Wire:
 
     async def api(self, request: str, body: Any = None) -> Any:
         if BROADCAST in request.split("."):
-            return {"ack_floor": {"stream_seq": 0}}
+            return {"ack_floor": {"stream_seq": 0}, "num_pending": 0, "num_ack_pending": 0}
         return await self._world.call(self._process, request.split(".")[0] + "." + request.split(".")[1], request, body)
 
     async def ask(self, subject: str, payload: bytes = b"", *, timeout_s: float | None = None) -> bytes:
@@ -516,7 +516,12 @@ class World:
         return {"delivered": {"stream_seq": start - 1}}
 
     def _consumer_info(self, request: str, body: Any) -> dict[str, Any]:
-        return {"ack_floor": {"stream_seq": self.log.ack_floor}, "delivered": {"stream_seq": self.log.durable_next - 1}}
+        return {
+            "ack_floor": {"stream_seq": self.log.ack_floor},
+            "delivered": {"stream_seq": self.log.durable_next - 1},
+            "num_pending": self.log.last - self.log.durable_next + 1,
+            "num_ack_pending": len(self.log.pending),
+        }
 
     def _stream_info(self, request: str, body: Any) -> dict[str, Any]:
         return {"state": {"last_seq": self.log.last}}

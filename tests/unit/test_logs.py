@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import re
 from collections.abc import Iterator
@@ -65,3 +66,21 @@ def test_errors_are_named(level: str, traceback: bool) -> None:
         log.exception("it failed")
     assert re.search(r"error gateway: it failed: ValueError: two\\nlines \(test_logs\.py:\d+\)\n", stream.getvalue())
     assert ("Traceback" in stream.getvalue()) is traceback
+
+
+def test_a_line_of_json() -> None:
+    """Each event is one object on one line, whatever its text holds; an error is named, and its trace where it has one."""
+    stream = io.StringIO()
+    logs.set_up("info", stream, form="json")
+    log = logging.getLogger("tidings.gateway")
+    log.warning("two\nlines of %s", "\ud83d")
+    try:
+        raise ValueError("bad")
+    except ValueError:
+        log.exception("it failed", extra={"trace_id": "ab", "span_id": "cd"})
+    first, second = map(json.loads, stream.getvalue().splitlines())
+    assert (first["level"], first["logger"], first["message"]) == ("warning", "gateway", "two\nlines of \\ud83d")
+    assert "trace_id" not in first
+    assert second["error"].startswith("ValueError: bad (test_logs.py:")
+    assert (second["trace_id"], second["span_id"]) == ("ab", "cd")
+    assert "traceback" not in second

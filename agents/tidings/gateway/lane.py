@@ -82,6 +82,8 @@ class Lane:
         if shared.span is not None:
             hub.trace_shared(entry, shared)
         if entry.attempts == 1:
+            # The feed counts these, a slice at a time.
+            _note_sent(entry)
             socket.send_encoded(shared.frame)
             return True
         self._attempted(entry)
@@ -92,8 +94,7 @@ class Lane:
         numbers = self._session.hub.numbers
         if numbers is not None:
             numbers.attempted(self._session, entry, time.time_ns(), numbers.broadcast)
-        if entry.span is not None:
-            entry.span.add_event("sent", {"tidings.attempt": entry.attempts})
+        _note_sent(entry)
 
     def leave(self, upto: Position | None = None) -> None:
         """No longer written to by the feed; everything up to here was."""
@@ -156,6 +157,14 @@ class Lane:
         self.moved = True
         self.wake()
         return settled
+
+    def buried(self, text: str) -> None:
+        """Its dead letter is stored: it is sent no more."""
+        entry = self.window.ack(text)
+        if entry is not None and entry.span is not None:
+            self._session.hub.end_trace(entry, "undelivered")
+        self.moved = True
+        self.wake()
 
     def acknowledge_upto(self, upto: Position) -> int:
         """The device has everything up to this one; returns how many were under way."""
@@ -327,3 +336,8 @@ class Lane:
     def _announce(self, missed: int | None) -> None:
         if self._session.socket is not None and self.gap is not None:
             self._session.socket.send(frames.gap(missed, self.gap.text(BROADCAST)))
+
+
+def _note_sent(entry: Entry) -> None:
+    if entry.span is not None:
+        entry.span.add_event("sent", {"tidings.attempt": entry.attempts})

@@ -372,7 +372,7 @@ class Session:
     def buried(self, text: str) -> None:
         """The dead letter is stored: the stream is told to send it no more."""
         if self.lane is not None and text.startswith(BROADCAST):
-            self.lane.acknowledge(text)
+            self.lane.buried(text)
             return
         entry = self.window.ack(text)
         if entry is not None:
