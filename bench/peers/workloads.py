@@ -49,7 +49,7 @@ class Plan:
     away_s: float = 2.0
     deploy_s: float = 20.0
     """Of the stream in the middle of which the server is restarted."""
-    growth: tuple[int, ...] = (1000, 5000, 15_000, 50_000)
+    growth: tuple[int, ...] = (1000, 5000, 15_000)
     """Connected devices at which the growth is looked at."""
     growth_rate: int = 500
     growth_s: float = 6.0
