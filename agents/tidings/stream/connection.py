@@ -118,7 +118,10 @@ class _Transport(TcpTransport):
         # A connection that is upgraded is not made known to its new protocol: that would ask for what TLS cannot do when
         # the server goes (to stay half open, which asyncio warns of), and its reader could not hold back a fast server.
         transport = self._io_writer.transport
-        transport.get_protocol().connection_made(transport)
+        protocol = transport.get_protocol()
+        # A server that refuses our certificate hangs up at once: reading tells.
+        if protocol is not None:
+            protocol.connection_made(transport)
 
 
 class Connection(Client):
