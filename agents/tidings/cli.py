@@ -21,6 +21,7 @@ from tidings.commands import (
     dev,
     devices,
     doctor,
+    explain,
     publish,
     schemas,
     settings,
@@ -52,7 +53,20 @@ def parser() -> argparse.ArgumentParser:
     common.add_argument("--config", default=argparse.SUPPRESS, **_CONFIG)
     top.add_argument("--version", action="version", version=f"tidings {tidings.__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (dev, tokens, devices, publish, topology, agents, user, deadletters, schemas, doctor, settings):
+    for module in (
+        dev,
+        tokens,
+        devices,
+        publish,
+        topology,
+        agents,
+        user,
+        explain,
+        deadletters,
+        schemas,
+        doctor,
+        settings,
+    ):
         module.register(commands, common)
     return top
 

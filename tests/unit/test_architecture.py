@@ -24,6 +24,7 @@ BELOW = {
     "fanout": {"wire", "runtime", "stream", "store", "schema", "publish"},
     "api": {"wire", "runtime", "stream", "store", "schema", "identity", "publish"},
     "client": {"wire", "runtime"},
+    "explain": {"wire", "runtime", "stream", "store"},
     "dev": {"wire", "runtime", "stream", "store", "schema", "identity", "publish", "gateway", "inbox", "fanout", "api"},
 }
 OWNERS = {"nats": "stream", "sqlite3": "store", "cassandra": "store", "jwt": "identity", "jsonschema_rs": "schema"}

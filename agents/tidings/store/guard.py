@@ -28,6 +28,7 @@ from .port import (
     Claimed,
     CursorUpdate,
     DeliveredMark,
+    DeviceCursor,
     EndedSubscription,
     Holder,
     InboxItem,
@@ -136,6 +137,9 @@ class GuardedStore:
 
     async def holders(self, user: str) -> list[Holder]:
         return await self._call(self._store.holders(user))
+
+    async def devices(self, user: str) -> list[DeviceCursor]:
+        return await self._call(self._store.devices(user))
 
     async def subscribe(self, user: str, topics: Sequence[str], most: int, since: Position) -> None:
         await self._call(self._store.subscribe(user, topics, most, since))
