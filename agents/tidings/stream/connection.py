@@ -106,7 +106,7 @@ class _Transport(TcpTransport):
     """nats-py's, whose streams over TLS are made known to each other."""
 
     def __init__(self, connected: TcpTransport) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._bare_io_reader = self._io_reader = connected._io_reader
         self._bare_io_writer = self._io_writer = connected._io_writer
 
@@ -115,8 +115,8 @@ class _Transport(TcpTransport):
     ) -> None:
         await super().connect_tls(uri, ssl_context, buffer_size, connect_timeout)
         assert self._io_writer is not None
-        # A connection that is upgraded is not made known to its new protocol: that would ask for what TLS cannot do when
-        # the server goes (to stay half open, which asyncio warns of), and its reader could not hold back a fast server.
+        # An upgraded connection is not made known to its new protocol: that asks, when the server goes, for what TLS
+        # cannot do (to stay half open, of which asyncio warns), and its reader could not hold back a fast server.
         transport = self._io_writer.transport
         protocol = transport.get_protocol()
         # A server that refuses our certificate hangs up at once: reading tells.
