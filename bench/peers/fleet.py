@@ -21,7 +21,7 @@ from bench.load import quantile
 from bench.peers.dialects import DIALECTS, Dialect, Place
 from bench.publisher import EVERYBODY
 from bench.waiting import until
-from bench.websocket import WebSocket, client_frame
+from bench.raw_socket import WebSocket, client_frame
 
 __all__ = ["Device", "Fleet", "Ledger"]
 
