@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple
 from tidings.runtime.settings import Settings
 from tidings.wire.errors import TidingsError
 
-from . import figures, profiler
+from . import figures, profiler, readme
 from .figures import Figure
 from .host import BenchFailed, pick_cores, running_mesh
 from .hostile import HostilePlan, HostileRepeat, run_hostile
@@ -27,7 +27,6 @@ from .telemetry import TelemetryPlan, TelemetryRepeat, run_telemetry
 from .topics import CrowdPlan, TopicPlan, TopicRepeat, run_topics
 from .workloads import Counts, Plan, Repeat, Say, run_repeat
 
-_README: Final = Path(__file__).with_name("README.md")
 _SPARE_FILES: Final = 500
 _LOST: Final = 1
 _FAILED: Final = 2
@@ -292,14 +291,6 @@ def _markdown(result: dict[str, Any], plan: AnyPlan) -> str:
     )
 
 
-def _write(text: str, suite: _Suite) -> None:
-    head, begin, rest = _README.read_text().partition(suite.begin)
-    _, end, tail = rest.partition(suite.end)
-    if not begin or not end:
-        raise BenchFailed(f"{_README.name} has lost its markers: {suite.begin} and {suite.end}")
-    _README.write_text(f"{head}{begin}\n\n{text}\n\n{end}{tail}")
-
-
 def _run() -> int:
     args = _arguments()
     host = machine()
@@ -325,7 +316,7 @@ def _run() -> int:
     text = _markdown(result, plan)
     print(text)
     if args.write:
-        _write(text, suite)
+        readme.write(text, suite.begin, suite.end)
     if not counts.whole:
         _say(f"notifications were lost: {dataclasses.asdict(counts)}")
     return 0 if counts.whole else _LOST

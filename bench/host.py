@@ -37,7 +37,19 @@ from .publisher import Order
 from .system import Memory, cpu_s, idle_s, memory, on_cores
 from .waiting import until
 
-__all__ = ["EVERYWHERE", "BenchFailed", "Cores", "Followers", "Mesh", "Worker", "pick_cores", "running_mesh"]
+__all__ = [
+    "EVERYWHERE",
+    "BenchFailed",
+    "Cores",
+    "Followers",
+    "Mesh",
+    "Worker",
+    "end_process",
+    "free_port",
+    "pick_cores",
+    "running_mesh",
+    "start_worker",
+]
 
 _START_S: Final = 60.0
 _STOP_S: Final = 30.0
@@ -101,7 +113,16 @@ class Worker:
     async def stop(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
-        await _end(self._process)
+        await end_process(self._process)
+
+
+async def start_worker(module: str, cores: frozenset[int]) -> Worker:
+    """Start a module of the benchmark that obeys orders; whoever starts it stops it."""
+    with on_cores(cores):
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", f"bench.{module}", stdin=PIPE, stdout=PIPE, limit=_LINE_BYTES
+        )
+    return Worker(process)
 
 
 class Mesh:
@@ -122,10 +143,10 @@ class Mesh:
         self.load: Worker
         """The load client."""
 
-    async def start(self, profiled: str | None, followers: Followers) -> None:
+    async def start(self, profiled: str | None, followers: Followers, *, inbox: bool) -> None:
         """Start the agents and the load client, in that order. `profiled` names an agent to run under a profiler.
 
-        There is a fan-out agent where somebody follows something.
+        There is a fan-out agent where somebody follows something, and an inbox agent unless it is not wanted.
         """
         self.connection = await connect(self._settings, "bench")
         self._exit.push_async_callback(self.connection.close)
@@ -133,7 +154,8 @@ class Mesh:
         if followers:
             await self._subscribe(followers)
             await self._start_agent("fanout", profiled)
-        await self._start_agent("inbox", profiled)
+        if inbox:
+            await self._start_agent("inbox", profiled)
         self._port = int(await self._start_agent("gateway", profiled))
         self.load = await self.start_load()
 
@@ -167,11 +189,7 @@ class Mesh:
 
     async def start_worker(self, module: str, cores: frozenset[int]) -> Worker:
         """Start a module of the benchmark that obeys orders."""
-        with on_cores(cores):
-            process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", f"bench.{module}", stdin=PIPE, stdout=PIPE, limit=_LINE_BYTES
-            )
-        worker = Worker(process)
+        worker = await start_worker(module, cores)
         self._exit.push_async_callback(worker.stop)
         return worker
 
@@ -181,7 +199,7 @@ class Mesh:
 
     async def stop_agent(self, name: str) -> None:
         """Tell an agent to stop, and wait until it has."""
-        await _end(self._agents.pop(name))
+        await end_process(self._agents.pop(name))
 
     async def kill_agent(self, name: str) -> None:
         """End an agent without a goodbye to anybody."""
@@ -207,7 +225,7 @@ class Mesh:
                 sys.executable, *under, _kind(name), env=environment, stdout=output, stderr=output
             )
         self._agents[name] = process
-        self._exit.push_async_callback(_end, process)
+        self._exit.push_async_callback(end_process, process)
         return await self._ready(name, process, log)
 
     async def _ready(self, name: str, process: Process, log: Path) -> str:
@@ -236,6 +254,15 @@ class Mesh:
     def tell(self, name: str, number: signal.Signals) -> None:
         """Send an agent a signal."""
         self._agents[name].send_signal(number)
+
+    @property
+    def nats_port(self) -> int:
+        return self._nats.port
+
+    @property
+    def key(self) -> str:
+        """What signs tokens."""
+        return self._settings.token_key
 
     @property
     def port(self) -> int:
@@ -293,7 +320,7 @@ class Mesh:
         run = self._next_run()
         await (to or self.load).ask("expect", run=run, count=count)
         order = Order(self._nats.port, run, count, rate, users.start, len(users), size, message_id)
-        return await self._publish(replace(order, traced_every=traced_every))
+        return await self.order(replace(order, traced_every=traced_every))
 
     async def publish_to(
         self, where: str, *, count: int, rate: float, size: int, devices: int, acking: bool
@@ -301,13 +328,14 @@ class Mesh:
         """The same to one subject, whose messages come to the load client's first `devices` devices."""
         run = self._next_run()
         await self.load.ask("expect_shared", run=run, count=count, devices=devices, acking=acking)
-        return await self._publish(Order(self._nats.port, run, count, rate, 0, 1, size, True, where))
+        return await self.order(Order(self._nats.port, run, count, rate, 0, 1, size, True, where))
 
     def _next_run(self) -> int:
         self._runs += 1
         return self._runs
 
-    async def _publish(self, order: Order) -> dict[str, Any]:
+    async def order(self, order: Order) -> dict[str, Any]:
+        """Publish from a process of its own; returns its report."""
         with on_cores(self._cores.load):
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "bench.publisher", stdin=PIPE, stdout=PIPE
@@ -354,7 +382,8 @@ def _get(url: str) -> Any:
         return json.load(response)
 
 
-async def _end(process: Process) -> None:
+async def end_process(process: Process) -> None:
+    """Tell a process to end, and make it when it does not."""
     if process.returncode is None:
         try:
             process.terminate()
@@ -373,6 +402,7 @@ async def running_mesh(
     profiled: str | None = None,
     devices: int = 0,
     followers: Followers = _NONE,
+    inbox: bool = True,
     **changed: Any,
 ) -> AsyncIterator[Mesh]:
     """A mesh with nothing in it yet but who follows what; `devices` is how many are going to connect.
@@ -381,7 +411,7 @@ async def running_mesh(
     """
     with TemporaryDirectory(prefix="tidings-bench-") as path:
         folder = Path(path)
-        monitor = _free_port()
+        monitor = free_port()
         nats = NatsServer(folder / "nats", partitions=partitions, monitor_port=monitor)
         with on_cores(cores.servers):
             await nats.start()
@@ -400,14 +430,15 @@ async def running_mesh(
         settings = Settings(**{**values, **changed})
         mesh = Mesh(folder, nats, monitor, settings, cores)
         try:
-            await mesh.start(profiled, followers)
+            await mesh.start(profiled, followers, inbox=inbox)
             yield mesh
         finally:
             await mesh.stop()
             await nats.stop()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens on now."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port: int = server.getsockname()[1]
         return port

@@ -1,8 +1,7 @@
 """The load client: thousands of devices in one process of its own, as cheap as a client can be.
 
-No SDK and no HTTP library: an `asyncio.Protocol` on uvloop that reads server frames out of the bytes it is given,
-acknowledges every notification of one read in one frame, and masks with a key of zeros, which RFC 6455 allows and
-which costs nothing. It obeys orders, one JSON object a line on standard input, and answers each with one line.
+Each acknowledges every notification of one read in one frame. The client obeys orders, one JSON object a line on
+standard input, and answers each with one line.
 """
 
 from __future__ import annotations
@@ -11,47 +10,28 @@ import asyncio
 import gc
 import json
 import random
-import resource
 import sys
 import time
 from array import array
 from collections.abc import Awaitable, Callable, Iterator
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import orjson
 import uvloop
 
-from bench.publisher import EVERYBODY, user_of
+from bench.publisher import EVERYBODY, own_cpu_s, user_of
 from bench.returning import Attempt, Returning
 from bench.waiting import until
+from bench.websocket import CLOSE, WebSocket, client_frame, upgrade_request
 from tidings.identity import issue
 from tidings.wire.frames import SUBPROTOCOL
 
-__all__ = ["Device", "Fleet", "Shared", "client_frame", "quantile"]
+__all__ = ["Device", "Fleet", "Shared", "quantile"]
 
-_TEXT: Final = 0x81
-_CLOSE: Final = 0x88
-_PING: Final = 0x89
-_PONG: Final = 0x8A
-_GOODBYE: Final = b"\x88\x82\0\0\0\0\x03\xe8"
-"""A close frame with the code 1000."""
-_REQUEST: Final = (
-    "GET /v1/ws HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-    "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
-    f"Sec-WebSocket-Protocol: {SUBPROTOCOL}\r\n\r\n"
-).encode()
-_ACCEPT: Final = b"s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
-"""The answer to that key, from RFC 6455, section 1.3."""
+_GOODBYE: Final = client_frame((1000).to_bytes(2, "big"), CLOSE)
+_REQUEST: Final = upgrade_request("/v1/ws", SUBPROTOCOL)
 _CONNECT_S: Final = 30.0
 _LEAVE_S: Final = 5.0
-
-
-def client_frame(payload: bytes, first: int = _TEXT) -> bytes:
-    """One masked frame with a mask of zeros."""
-    size = len(payload)
-    if size < 126:
-        return bytes((first, 0x80 | size)) + b"\0\0\0\0" + payload
-    return bytes((first, 0xFE)) + size.to_bytes(2, "big") + b"\0\0\0\0" + payload
 
 
 class Shared:
@@ -91,41 +71,38 @@ class Shared:
         return [took / 1e6 for took in self._last if took]
 
 
-class Device(asyncio.Protocol):
+class Device(WebSocket):
     """One connected device."""
 
     __slots__ = (
         "_fleet",
         "_number",
-        "_rest",
-        "_shaken",
+        "_positions",
         "after_s",
         "ended",
         "newest",
-        "problem",
-        "transport",
         "welcomed",
     )
 
     def __init__(self, fleet: Fleet, number: int) -> None:
+        super().__init__()
         self._fleet = fleet
         self._number = number
-        self._rest = b""
-        self._shaken = False
-        self.transport: asyncio.Transport
+        self._positions: list[str] = []
+        """Of the notifications of one read."""
         self.newest = ""
         """The position that came last, while nothing is acknowledged."""
-        self.problem = ""
         self.after_s: float | None = None
         """When the gateway wants it back."""
         loop = asyncio.get_running_loop()
         self.welcomed: asyncio.Future[bool] | None = loop.create_future()
         self.ended: asyncio.Future[None] | None = None
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # uvloop's transports have all the methods and none of asyncio's base classes.
-        self.transport = cast(asyncio.Transport, transport)
-        self.transport.write(_REQUEST)
+    def request(self) -> bytes:
+        return _REQUEST
+
+    def opened(self) -> None:
+        self.transport.write(self._fleet.hellos[self._number])
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._fleet.gone(self._number, self)
@@ -138,50 +115,19 @@ class Device(asyncio.Protocol):
             self.welcomed.set_result(welcome)
         self.welcomed = None
 
-    def data_received(self, data: bytes) -> None:
-        now = time.monotonic_ns()
-        if self._rest:
-            data = self._rest + data
-            self._rest = b""
-        if not self._shaken:
-            end = data.find(b"\r\n\r\n")
-            if end < 0:
-                self._rest = data
-                return
-            self._shake_hands(data[:end])
-            data = data[end + 4 :]
-        positions: list[str] = []
-        at, size = 0, len(data)
-        while at + 2 <= size:
-            length, head = data[at + 1], at + 2
-            if length >= 126:
-                wide = 2 if length == 126 else 8
-                # Where the length itself is cut short, `head` lies past the end, and the rest is waited for.
-                length, head = int.from_bytes(data[head : head + wide], "big"), head + wide
-            end = head + length
-            if end > size or head > size:
-                break
-            if data[at] != _TEXT:
-                self._control(data[at], data[head:end])
-            elif data.startswith(b'{"t":"n",', head):
-                self._notified(orjson.loads(data[head:end])["items"], positions, now)
-            else:
-                self._told(orjson.loads(data[head:end]))
-            at = end
-        if at < size:
-            self._rest = data[at:]
+    def text(self, payload: bytes, now: int) -> None:
+        if payload.startswith(b'{"t":"n",'):
+            self._notified(orjson.loads(payload)["items"], self._positions, now)
+        else:
+            self._told(orjson.loads(payload))
+
+    def read(self) -> None:
+        positions = self._positions
         if positions and not self._fleet.acking:
             self.newest = positions[-1]
         elif positions:
             self.transport.write(client_frame(b'{"t":"ack","pos":["%b"]}' % '","'.join(positions).encode()))
-
-    def _shake_hands(self, head: bytes) -> None:
-        if not head.startswith(b"HTTP/1.1 101") or _ACCEPT not in head:
-            self.problem = head.partition(b"\r\n")[0].decode(errors="replace")
-            self.transport.abort()
-            return
-        self._shaken = True
-        self.transport.write(self._fleet.hellos[self._number])
+        positions.clear()
 
     def _notified(self, items: list[dict[str, Any]], positions: list[str], now: int) -> None:
         fleet = self._fleet
@@ -216,16 +162,6 @@ class Device(asyncio.Protocol):
             self.problem = frame["message"]
         elif kind == "bye":
             self.after_s = frame["after_ms"] / 1000
-
-    def _control(self, first: int, payload: bytes) -> None:
-        if first == _PING:
-            self.transport.write(client_frame(payload, _PONG))
-        elif first == _CLOSE:
-            code = int.from_bytes(payload[:2], "big")
-            self.problem = self.problem or f"closed by the server with {code}"
-            self.transport.write(client_frame(payload[:2], _CLOSE))
-        elif first != _PONG:
-            raise RuntimeError(f"the server sent a frame that starts with {first:#x}: no server of ours does")
 
 
 class Fleet:
@@ -382,7 +318,7 @@ class Fleet:
             "gaps": self.gaps,
             "dropped": self.dropped,
             "last_ms": shared.last_ms(),
-            "cpu_s": _own_cpu_s(),
+            "cpu_s": own_cpu_s(),
         }
 
     async def acknowledge(self) -> dict[str, Any]:
@@ -393,7 +329,7 @@ class Fleet:
                 device.transport.write(client_frame(b'{"t":"ack","upto":"%b"}' % device.newest.encode()))
                 device.newest = ""
                 told += 1
-        return {"told": told, "cpu_s": _own_cpu_s()}
+        return {"told": told, "cpu_s": own_cpu_s()}
 
     async def listen(self, port: int, count: int) -> dict[str, Any]:
         """Connect to something that is no gateway, and read whatever it writes."""
@@ -424,7 +360,7 @@ class Fleet:
             "dropped": self.dropped,
             **{name: quantile(ordered, share) / 1e6 for name, share in (("p50_ms", 0.5), ("p99_ms", 0.99))},
             "max_ms": ordered[-1] / 1e6 if ordered else 0.0,
-            "cpu_s": _own_cpu_s(),
+            "cpu_s": own_cpu_s(),
         }
 
     def _missing(self, doubtful: set[int]) -> int:
@@ -447,11 +383,6 @@ def quantile(values: Any, share: float) -> float:
     """The value below which this share of all lies; 0 of none."""
     ordered = sorted(values)
     return float(ordered[min(len(ordered) - 1, int(len(ordered) * share))]) if ordered else 0.0
-
-
-def _own_cpu_s() -> float:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
 
 
 async def _main() -> None:

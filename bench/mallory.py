@@ -16,20 +16,16 @@ from typing import Any, Final
 import orjson
 import uvloop
 
-from bench.load import client_frame
+from bench.websocket import CLOSE, client_frame, upgrade_request
 from tidings.identity import issue
 from tidings.wire.frames import SUBPROTOCOL
 
 __all__ = ["KINDS"]
 
-_REQUEST: Final = (
-    "GET /v1/ws HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-    "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
-    f"Sec-WebSocket-Protocol: {SUBPROTOCOL}\r\n\r\n"
-).encode()
+_REQUEST: Final = upgrade_request("/v1/ws", SUBPROTOCOL)
 _LONG: Final = 100
 """Frames of one write."""
-_GOODBYE: Final = b"\x88\x82\0\0\0\0\x03\xe8"
+_GOODBYE: Final = client_frame((1000).to_bytes(2, "big"), CLOSE)
 
 KINDS: Final = {
     "silent": "who connect and say nothing",

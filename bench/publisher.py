@@ -19,7 +19,7 @@ from array import array
 from dataclasses import dataclass
 from typing import Any, Final
 
-__all__ = ["EVERYBODY", "Answers", "Order", "user_of"]
+__all__ = ["EVERYBODY", "Answers", "Order", "own_cpu_s", "user_of"]
 
 EVERYBODY: Final = -1
 """Stands for a device's number where a notification is not for one of them."""
@@ -147,7 +147,7 @@ def _read(connection: socket.socket, answers: Answers, timeout_s: float) -> None
 
 def publish(order: Order) -> dict[str, Any]:
     """Publish at the rate, then wait for the last confirmations."""
-    before = _own_cpu_s()
+    before = own_cpu_s()
     inbox = f"_INBOX.bench{order.run}".encode()
     messages, answers = _Messages(order, inbox), Answers(order.count)
     with socket.create_connection(("127.0.0.1", order.port)) as connection:
@@ -174,11 +174,12 @@ def publish(order: Order) -> dict[str, Any]:
         "first_refusal": answers.first_refusal,
         "seconds": seconds,
         "late_ms": late * 1000,
-        "cpu_s": _own_cpu_s() - before,
+        "cpu_s": own_cpu_s() - before,
     }
 
 
-def _own_cpu_s() -> float:
+def own_cpu_s() -> float:
+    """CPU time of this process so far, in seconds."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
 

@@ -21,10 +21,12 @@ from tidings.commands import (
     dev,
     devices,
     doctor,
+    explain,
     publish,
     schemas,
     settings,
     tokens,
+    top,
     topology,
     user,
 )
@@ -40,21 +42,35 @@ _READER_LEFT: Final = 141
 
 def parser() -> argparse.ArgumentParser:
     """All commands and their arguments."""
-    top = argparse.ArgumentParser(
+    program = argparse.ArgumentParser(
         prog="tidings",
         description="A self-hosted event mesh for real-time notifications.",
         epilog="Settings come from the command line, the environment (TIDINGS_…), --config, the defaults: "
         "`tidings settings` lists them.",
     )
-    top.add_argument("--config", default=None, **_CONFIG)
+    program.add_argument("--config", default=None, **_CONFIG)
     # Before or after the command. The one after has no default, which would undo the one before.
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--config", default=argparse.SUPPRESS, **_CONFIG)
-    top.add_argument("--version", action="version", version=f"tidings {tidings.__version__}")
-    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (dev, tokens, devices, publish, topology, agents, user, deadletters, schemas, doctor, settings):
+    program.add_argument("--version", action="version", version=f"tidings {tidings.__version__}")
+    commands = program.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for module in (
+        dev,
+        tokens,
+        devices,
+        publish,
+        topology,
+        agents,
+        user,
+        top,
+        explain,
+        deadletters,
+        schemas,
+        doctor,
+        settings,
+    ):
         module.register(commands, common)
-    return top
+    return program
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

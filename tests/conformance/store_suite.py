@@ -32,6 +32,7 @@ from tidings.store.port import (
     CursorUpdate,
     Delivered,
     DeliveredMark,
+    DeviceCursor,
     EndedSubscription,
     Holder,
     InboxItem,
@@ -708,6 +709,17 @@ class StoreConformance:
         await store.append(rows(ALICE, 1, 2, 3))
         assert await everything(store, ALICE) == []
         assert await exported(store, ALICE) == []
+
+    async def test_devices(self, store: Store) -> None:
+        """All of a user's, with what each has acknowledged and who has it; nobody else's."""
+        await store.claim(ALICE, "phone", ONE, at(1))
+        await store.claim(ALICE, "tablet", TWO, at(2))
+        await store.claim(BOB, "phone", ONE, at(3))
+        cursor = Cursor(at(4), frozenset([at(6)]), {at(5): 2}, Cursor(at(8)))
+        await store.save([CursorUpdate(ALICE, "tablet", TWO, cursor, release=True)])
+        found = sorted(await store.devices(ALICE), key=lambda known: known.device)
+        assert found == [DeviceCursor("phone", Cursor(at(1)), ONE), DeviceCursor("tablet", cursor, None)]
+        assert await store.devices("nobody") == []
 
     async def test_erased_cursors(self, store: Store) -> None:
         """A session whose user is erased loses the device, and the next one there is a first one."""

@@ -506,8 +506,11 @@ class Wire:
     async def _hold(self, source: asyncio.StreamReader, held: asyncio.Queue[tuple[float, bytes]]) -> None:
         data = b"?"
         while data:
-            with suppress(ConnectionError):
+            try:
                 data = await source.read(65_536)
+            except ConnectionError:
+                # From now on every read raises it, and at once.
+                data = b""
             held.put_nowait((time.monotonic() + self.delay_s, data))
 
     async def _release(self, held: asyncio.Queue[tuple[float, bytes]], sink: asyncio.StreamWriter) -> None:

@@ -170,3 +170,18 @@ async def test_who_has_a_session_here_is_always_let_in(mesh: Mesh) -> None:
     for device in (alice, bob):
         await device.close()
     await gateway.stop()
+
+
+async def test_an_answer_after_the_close(mesh: Mesh) -> None:
+    """What is answered, or added, once it is closed sends nothing more and leaves no timer."""
+    connection = await connect(mesh.settings, "deleting")
+    deletions = Deleting(connection, 1, 10).deletions
+    for number in range(4):
+        deletions.add(STREAM, f"gone{number}")
+    deletions.close()
+    deletions.answered("gone0")
+    deletions.reconnected()
+    deletions.add(STREAM, "late")
+    assert len(deletions) == 0
+    assert deletions._look is None
+    await connection.close()

@@ -668,6 +668,21 @@ async def test_connection_is_closed_in_every_order(makers: Makers) -> None:
     assert third.is_closed
 
 
+async def test_connection_is_closed_on_a_server_that_goes(makers: Makers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that goes while the last bytes are written to it ends a close like any other."""
+    connection = await connect(makers.mesh.settings, "test")
+    transport: Any = connection._transport
+
+    async def gone() -> None:
+        raise ConnectionResetError("Connection lost")
+
+    monkeypatch.setattr(transport, "drain", gone)
+    connection.send("test.last", b"")
+    await connection.close()
+    assert connection.is_closed
+    assert transport._io_writer.transport.is_closing()
+
+
 async def test_publisher_in_every_order(makers: Makers) -> None:
     """Closed before it is opened, twice, at the same time, with publishes under way, and over a given connection."""
     settings, own = makers.mesh.settings, makers.mesh.connection

@@ -96,6 +96,19 @@ def test_a_key_is_exchanged_in_two_steps(tmp_path: Path, capsys: pytest.CaptureF
     assert seeds(tmp_path)["gateway.nk"] != found["gateway.nk"]
 
 
+def test_a_stolen_key_is_replaced_at_once(tmp_path: Path) -> None:
+    """Also in the middle of an exchange: neither of its keys is let in any more, and the new one is."""
+    configure(tmp_path)
+    users = (tmp_path / "accounts.conf").read_text().count("nkey:")
+    assert configure(tmp_path, "--rotate", "gateway") == 0
+    before = seeds(tmp_path)
+    assert configure(tmp_path, "--rotate", "gateway", "--retire", "gateway") == 0
+    found = seeds(tmp_path)
+    assert found["gateway.nk"] not in {before["gateway.nk"], before["gateway.previous.nk"]}
+    assert found.keys() == before.keys() - {"gateway.previous.nk"}
+    assert (tmp_path / "accounts.conf").read_text().count("nkey:") == users
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -166,6 +166,8 @@ async def test_what_the_operator_does(mesh: SecuredMesh) -> None:
     assert f"{mesh.settings.partitions} partitions" in run("topology", "show")
     assert "FAIL" not in run("doctor")
     assert receipt.id in run("user", "export", "--user", "alice")
+    assert "alice: delivered: " in run("explain", "--id", receipt.id, "--user", "alice")
+    assert "stored for alice" in run("explain", "--id", receipt.id)
     run("revoke", "--user", "alice")
     await alice.until(lambda: alice.close_code == 4401, "the session ends")
     assert "reason" in run("deadletters", "list", "--user", "alice")

@@ -184,6 +184,7 @@ async def test_an_unsampled_message_has_no_trace(tmp_path: Path) -> None:
         (deliver,) = await world.collector.named("deliver notify.user.{user}")
         assert [one["n"].get("traceparent") for one in phone.items] == [unsampled, None, sampled["traceparent"]]
         assert deliver.parent == unsampled[36:52]
+        await world.mesh.stored("alice", "1", "2", "3")
         await asyncio.gather(*(agent.stop() for agent in world.agents.values()))
         assert {span.name for span in world.collector.spans} == {
             "publish notify.user.{user}",

@@ -274,6 +274,16 @@ async def test_nats_servers_are_checked(tmp_path: Path, authority: Authority) ->
         assert wanted in await refused(nats_url=server.url, nats_ca=str(authority.ca))
 
 
+async def test_a_nats_server_that_goes(tmp_path: Path, authority: Authority, caplog: pytest.LogCaptureFixture) -> None:
+    """The end of a server is no warning of asyncio's: the connection is closed on both ways, as TLS has to be."""
+    async with nats_with_tls(tmp_path / "nats", NatsTls(*authority.pair("nats", "127.0.0.1"))) as server:
+        connection = await connect(Settings(nats_url=server.url, nats_ca=str(authority.ca)), "test")
+        await server.stop()
+        await until(lambda: not connection.is_connected, "the loss is noticed")
+        await connection.close()
+    assert "eof_received" not in caplog.text
+
+
 async def test_nats_wants_a_certificate(tmp_path: Path, authority: Authority) -> None:
     """A server that verifies its clients takes those with a certificate of its CA, and nobody else."""
     certificate, key = authority.pair("agent")

@@ -25,6 +25,8 @@ BELOW = {
     "fanout": {"wire", "runtime", "telemetry", "stream", "store", "schema", "publish"},
     "api": {"wire", "runtime", "telemetry", "stream", "store", "schema", "identity", "publish"},
     "client": {"wire", "runtime"},
+    "top": {"wire", "runtime", "telemetry"},
+    "explain": {"wire", "runtime", "stream", "store"},
     "dev": {
         "wire",
         "runtime",
@@ -47,6 +49,8 @@ OWNERS = {
     "jwt": "identity",
     "jsonschema_rs": "schema",
     "opentelemetry": "telemetry",
+    "prometheus_client": "top",
+    "rich": "top",
 }
 FORBIDDEN_IN_WIRE = {"asyncio", "socket", "time", "threading", "aiohttp", "nats", "sqlite3"}
 MODULES = sorted(path for path in ROOT.rglob("*.py"))

@@ -32,6 +32,7 @@ REFUSED: Final[dict[str, tuple[Any, ...]]] = {
     "mark_all": ("alice", AT, "read"),
     "claim": ("alice", "phone", Holder("g", "s"), AT),
     "holders": ("alice",),
+    "devices": ("alice",),
     "subscribe": ("alice", ["a"], 9, AT),
     "unsubscribe": ("alice", ["a"], AT),
     "subscriptions": ("alice", "a", 9),

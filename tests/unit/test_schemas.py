@@ -217,6 +217,42 @@ def test_recursive_schemas_are_not_located(tmp_path: Path) -> None:
         assert caught.value.pointer == pointer
 
 
+def doubling(kind: str, levels: int) -> dict[str, Any]:
+    """A schema in which each definition refers to the one before by both of its alternatives."""
+    definitions: dict[str, Any] = {"d0": {"type": "integer"}}
+    for level in range(levels):
+        definitions[f"d{level + 1}"] = {kind: [{"$ref": f"#/$defs/d{level}"}] * 2}
+    return {"properties": {"data": {"$ref": f"#/$defs/d{levels}"}}, "$defs": definitions}
+
+
+@pytest.mark.parametrize("kind", ["allOf", "anyOf", "oneOf"])
+def test_many_ways_are_not_located(tmp_path: Path, kind: str) -> None:
+    """On a few hundred ways through a schema the place is looked for; on the millions of 24 levels it is not."""
+    own = Schemas.load(folder(tmp_path, a__few=doubling(kind, 7), a__many=doubling(kind, 24)))
+    for type, pointer in (("a.few", "/data"), ("a.many", "")):
+        with pytest.raises(SchemaViolation) as caught:
+            own.check(event(type, data="x"))
+        assert caught.value.pointer == pointer
+
+
+def test_long_chains_of_references(tmp_path: Path) -> None:
+    """What refers to what refers, 1,500 times, is refused when it is read; 200 times is fine."""
+
+    def chain(links: int) -> dict[str, Any]:
+        definitions = {f"d{link}": {"$ref": f"#/$defs/d{link + 1}"} for link in range(links)}
+        return {
+            "properties": {"data": {"$ref": "#/$defs/d0"}},
+            "$defs": {**definitions, f"d{links}": {"type": "integer"}},
+        }
+
+    good = Schemas.load(folder(tmp_path / "good", a__chain=chain(200)))
+    with pytest.raises(SchemaViolation) as caught:
+        good.check(event("a.chain", data="x"))
+    assert caught.value.pointer == "/data"
+    with pytest.raises(BadSettings, match=r"a\.chain\.json: more than 250 references"):
+        Schemas.load(folder(tmp_path / "bad", a__chain=chain(1500)))
+
+
 def test_reader() -> None:
     """`schema_check` says what is held against the schemas; of what is sampled, the id decides."""
     bad = event(data=5)

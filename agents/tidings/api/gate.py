@@ -95,7 +95,7 @@ class Gate:
 
     async def _pass(self, request: web.Request, route: Route, verdicts: list[Verdict]) -> web.StreamResponse:
         who = await self._authenticate(request)
-        self._porch.let_in(request.protocol)
+        self._porch.forget(request.protocol)
         # A user and a service of one name are two.
         name = f"s:{who.name}" if isinstance(who, Caller) else f"u:{who.user}"
         with self._room.of(name):

@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Coroutine
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -29,6 +30,7 @@ __all__ = [
     "duration",
     "load",
     "load_where",
+    "moment",
     "run",
     "serve",
 ]
@@ -64,6 +66,22 @@ def duration(text: str) -> int:
     if found is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no duration: write 90s, 15m, 1h or 7d")
     return int(found[1]) * _UNITS[found[2]]
+
+
+def moment(text: str) -> datetime:
+    """The time of a text such as ``15m`` or ``7d``, so long ago, or of an RFC 3339 one."""
+    try:
+        return datetime.now(UTC) - timedelta(seconds=duration(text))
+    except argparse.ArgumentTypeError:
+        try:
+            moment = datetime.fromisoformat(text)
+        except ValueError:
+            moment = None
+    if moment is None or moment.tzinfo is None:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no time: write 15m or 7d for so long ago, or a time with its zone, 2026-01-31T12:00:00Z"
+        )
+    return moment
 
 
 def load(args: argparse.Namespace, **given: Any) -> Settings:

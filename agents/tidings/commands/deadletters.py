@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Awaitable, Callable
-from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 
 import orjson
@@ -13,7 +12,7 @@ import orjson
 from tidings.runtime.logs import flat
 from tidings.wire.errors import NoSuchLetter, ReplayRefused
 
-from .common import Commands, add_nats, duration, load, run
+from .common import Commands, add_nats, load, moment, run
 
 if TYPE_CHECKING:
     from tidings.runtime.settings import Settings
@@ -71,9 +70,9 @@ def _add_filters(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--user", help="whose they were")
     parser.add_argument("--topic", help="the topic that they were published to")
     parser.add_argument(
-        "--since", metavar="WHEN", type=_moment, help="not older than: 90s, 15m, 1h, 7d, or an RFC 3339 time"
+        "--since", metavar="WHEN", type=moment, help="not older than: 90s, 15m, 1h, 7d, or an RFC 3339 time"
     )
-    parser.add_argument("--until", metavar="WHEN", type=_moment, help="older than; as --since")
+    parser.add_argument("--until", metavar="WHEN", type=moment, help="older than; as --since")
 
 
 def _count(text: str, most: int = 1_000_000) -> int:
@@ -84,21 +83,6 @@ def _count(text: str, most: int = 1_000_000) -> int:
 
 def _page_size(text: str) -> int:
     return _count(text, _MOST)
-
-
-def _moment(text: str) -> datetime:
-    try:
-        return datetime.now(UTC) - timedelta(seconds=duration(text))
-    except argparse.ArgumentTypeError:
-        try:
-            moment = datetime.fromisoformat(text)
-        except ValueError:
-            moment = None
-    if moment is None or moment.tzinfo is None:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no time: write 15m or 7d for so long ago, or a time with its zone, 2026-01-31T12:00:00Z"
-        )
-    return moment
 
 
 def _run(args: argparse.Namespace) -> int:

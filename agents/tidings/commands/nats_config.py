@@ -47,7 +47,10 @@ def register(actions: Commands[argparse.ArgumentParser], common: argparse.Argume
     )
     for option, text in (
         ("--rotate", "make a new key for this role or publisher; the one before is let in until --retire"),
-        ("--retire", "let the key before the last --rotate in no more"),
+        (
+            "--retire",
+            "let the key before the last --rotate in no more; with --rotate of the same name: no earlier key at all",
+        ),
         ("--remove", "forget a publisher that is no longer given, and delete its key"),
     ):
         parser.add_argument(option, metavar="NAME", action="append", default=[], help=text)
@@ -115,10 +118,11 @@ def _of_table(file: Path, name: str, table: Any) -> Publisher:
 def _change(keys: Keys, names: dict[str, str], args: argparse.Namespace) -> None:
     from tidings.stream.roles import PUBLISHER_KEY
 
-    for name in args.rotate:
-        keys.rotate(names.get(name, name))
-    for name in args.retire:
-        keys.retire(names.get(name, name))
+    for name in dict.fromkeys((*args.rotate, *args.retire)):
+        change = keys.replace if name in args.retire else keys.rotate
+        if name not in args.rotate:
+            change = keys.retire
+        change(names.get(name, name))
     for name in args.remove:
         if name in names:
             raise BadSettings(f"{name} is an agent, or a publisher that is given: it cannot be removed as well")

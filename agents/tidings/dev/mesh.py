@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import errno
+import os
 import socket
 from collections.abc import Coroutine, Mapping
 from pathlib import Path
@@ -38,7 +39,7 @@ from tidings.wire.errors import StartFailed, StoreUnavailable, StreamUnavailable
 from .authority import Authority
 from .crowd import Crowd
 from .routes import Routes
-from .state import StateFolder
+from .state import Running, StateFolder
 
 if TYPE_CHECKING:
     from tidings.telemetry.telemetry import Telemetry
@@ -135,7 +136,8 @@ class DevMesh(Service):
         await topology.probe_mapping(self._connection, self.settings.partitions)
         self._store = await self._open_store()
         await self._start_agents(self._store)
-        self.folder.note_running(self._nats.url, self.http_url, self.settings.store_url, self.settings.nats_ca)
+        urls = self._nats.url, self.http_url, self.api_url, self.settings.store_url
+        self.folder.note_running(Running(os.getpid(), *urls, self.settings.nats_ca))
         if self.authority is not None:
             self.spawn(self._keep_certificates(self.authority))
 

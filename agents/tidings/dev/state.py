@@ -64,6 +64,7 @@ class Running(NamedTuple):
     pid: int
     nats_url: str
     http_url: str
+    api_url: str
     store_url: str
     ca: str = ""
     """The path of what its certificates are checked against; empty for one without TLS."""
@@ -149,9 +150,9 @@ class StateFolder:
             self.marker = self.marker._replace(streams_made=True)
             self._write_marker()
 
-    def note_running(self, nats_url: str, http_url: str, store_url: str, ca: str = "") -> None:
+    def note_running(self, running: Running) -> None:
         """Tell other commands where the mesh listens, where its inbox is, and whom they are to trust."""
-        self._write(_RUNTIME, Running(os.getpid(), nats_url, http_url, store_url, ca)._asdict())
+        self._write(_RUNTIME, running._asdict())
 
     def _take(self) -> None:
         self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

@@ -134,7 +134,7 @@ class FanoutAgent(Service):
         """How much of ``TOPICS`` waits for fan-out agents, for the metrics."""
         while True:
             try:
-                numbers.lag = (await consumers.progress(self._connection, TOPICS, FANOUT)).lag
+                numbers.lag = (await consumers.shared_progress(self._connection, TOPICS, FANOUT)).lag
             except StreamUnavailable as error:
                 numbers.lag = None
                 self.log.debug("the lag of topics is not known: %s", error)

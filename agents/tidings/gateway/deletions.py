@@ -36,6 +36,7 @@ class Deletions:
         self._sent: dict[str, tuple[str, float]] = {}
         """The same for those under way, with when they were sent."""
         self._look: asyncio.TimerHandle | None = None
+        self._closed = False
         self._settled = asyncio.Event()
         self._settled.set()
 
@@ -47,8 +48,8 @@ class Deletions:
         return len(self._sent)
 
     def add(self, stream: str, name: str) -> None:
-        """Delete this consumer, by and by. A second time is the first one."""
-        if name in self._waiting or name in self._sent:
+        """Delete this consumer, by and by. A second time is the first one. Once closed, it is left behind."""
+        if self._closed or name in self._waiting or name in self._sent:
             return
         if len(self._waiting) >= self._most:
             del self._waiting[next(iter(self._waiting))]
@@ -94,6 +95,11 @@ class Deletions:
         self._send()
 
     def close(self) -> None:
+        """Send no more; what waits or is under way is left behind."""
+        self._closed = True
+        self._waiting.clear()
+        self._sent.clear()
+        self._settled.set()
         if self._look is not None:
             self._look.cancel()
             self._look = None

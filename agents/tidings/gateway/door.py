@@ -111,7 +111,7 @@ class Door:
                 farewell = self._hub.bye(_RETRY_SPREAD_MS) if after is None else frames.bye(after)
             socket.dismiss(refused.close, farewell)
         finally:
-            self._porch.let_in(request.protocol)
+            self._porch.forget(request.protocol)
             await socket.gone()
             self._entering.discard(socket)
         return response
@@ -145,7 +145,7 @@ class Door:
                 frame = await socket.receive()
         except TimeoutError:
             raise _Refused(codes.NO_HELLO, f"no hello came within {settings.hello_timeout_s:g} s") from None
-        self._porch.let_in(request.protocol)
+        self._porch.forget(request.protocol)
         if frame is None:
             return None
         await self._hellos.turn()

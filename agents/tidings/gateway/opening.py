@@ -211,7 +211,7 @@ class Opener:
 
     async def _make_consumer(self, session: Session, start: int | None) -> int:
         """From a sequence, or (None) from as far back as the overlap reaches; returns behind which it begins."""
-        settings, name = self._hub.settings, f"{session.id}-{new_id(4)}"
+        settings, name = self._hub.settings, consumers.session_consumer(session.id, new_id(4))
         session.start_at = start or 0
         node, begins_behind = await consumers.create_session(
             self._hub.connection,

@@ -40,7 +40,7 @@ class Requests:
         """Do what is asked and answer on the socket that asked."""
         try:
             if isinstance(request, InboxQuery):
-                socket.send(await self._inbox(session, request))
+                await self._inbox(session, socket, request)
             elif isinstance(request, Mark):
                 await self._mark(session, socket, request)
             elif isinstance(request, Subscribe):
@@ -85,14 +85,26 @@ class Requests:
         last = await consumers.last_sequence(hub.connection, BROADCAST_PART)
         return Position(hub.topology.broadcast, last)
 
-    async def _inbox(self, session: Session, query: InboxQuery) -> bytes:
-        page = await self._hub.inbox.page(
-            session.user,
-            PageQuery(query.limit, filter=query.filter, type=query.type, topic=query.topic),
-            query.before,
-            query.after,
-        )
-        return frames.page(query.ref, page.rows(), None if page.next is None else str(page.next))
+    async def _inbox(self, session: Session, socket: Socket, query: InboxQuery) -> None:
+        """A page has up to 3 MB: none is asked of the store for a client that has not read those before it, so that at
+        most one of them waits beyond `write_buffer_bytes`."""
+        hub = self._hub
+        async with socket.paging:
+            if socket.congested():
+                hub.congested(session)
+                if not await socket.drained(hub.settings.write_stall_s):
+                    message = "answers wait that were not read: read them first"
+                    socket.send(frames.error("too_many_requests", message, query.ref))
+                    return
+            if not socket.open:
+                return
+            page = await hub.inbox.page(
+                session.user,
+                PageQuery(query.limit, filter=query.filter, type=query.type, topic=query.topic),
+                query.before,
+                query.after,
+            )
+            socket.send(frames.page(query.ref, page.rows(), None if page.next is None else str(page.next)))
 
     async def _mark(self, session: Session, socket: Socket, mark: Mark) -> None:
         inbox, user = self._hub.inbox, session.user

@@ -220,6 +220,7 @@ class Socket:
         "_transport",
         "heard",
         "may_return",
+        "paging",
         "pinged",
         "stalled",
     )
@@ -253,6 +254,8 @@ class Socket:
         self.pinged = False
         self.stalled = False
         """Somebody waits for `drained`."""
+        self.paging = asyncio.Lock()
+        """Pages of the inbox are read and sent one after the other: each waits until those before it were read."""
 
     async def accept(self, request: web.Request) -> web.WebSocketResponse:
         """Shake hands. aiohttp answers what is no WebSocket request with 400."""

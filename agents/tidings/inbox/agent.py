@@ -343,7 +343,7 @@ class InboxAgent(Service):
         found = self._topology
         parts = (*range(found.partitions), BROADCAST_PART)
         reached = await asyncio.gather(
-            *(consumers.progress(self._connection, notify_stream(part), INBOX) for part in parts)
+            *(consumers.shared_progress(self._connection, notify_stream(part), INBOX) for part in parts)
         )
         if found is not self._topology:
             return

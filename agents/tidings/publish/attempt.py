@@ -71,6 +71,16 @@ class Verdict(NamedTuple):
         return cls(problem=problem)
 
     @classmethod
+    def forbidden(cls, attempt: Attempt) -> Self:
+        """Of one that was sent again the log may have the first."""
+        problem = (
+            f"these NATS credentials may not publish to {attempt.where}: give their publisher that subject "
+            "(`tidings topology nats-config --publisher`), or use those of another (nats_credentials, "
+            "TIDINGS_NATS_CREDENTIALS)"
+        )
+        return cls(problem=problem, final=attempt.began == attempt.last_sent)
+
+    @classmethod
     def closed(cls) -> Self:
         return cls(problem="the publisher was closed before", is_closed=True)
 

@@ -100,6 +100,7 @@ class Publisher:
             self._connection = await connect(settings, "tidings-publisher")
         # Under the connection's own prefix: nothing else may be open to it.
         self._inbox = f"{self._connection.new_inbox()}."
+        self._connection.forbidden_handlers.add(self._forbidden)
         try:
             self._listening = await self._connection.listen(f"{self._inbox}*", self._answered)
         except BaseException:
@@ -114,6 +115,7 @@ class Publisher:
             attempt.settle(Verdict.closed())
         if connection is None:
             return
+        connection.forbidden_handlers.discard(self._forbidden)
         if connection is not self._given:
             await connection.finish()
         elif listening is not None:
@@ -338,6 +340,17 @@ class Publisher:
             )
         else:
             attempt.settle(verdict)
+
+    def _forbidden(self) -> None:
+        """End what the server does not let these credentials publish: nobody else answers it."""
+        connection = self._connection
+        if connection is None:
+            return
+        refused = [attempt for attempt in self._waiting.values() if connection.may_not_publish(attempt.where)]
+        # The server's word has no case: of two subjects that differ in nothing else it is not known which it means.
+        if len({attempt.where for attempt in refused}) == 1:
+            for attempt in refused:
+                attempt.settle(Verdict.forbidden(attempt))
 
     async def _confirmed(self, attempt: Attempt) -> Receipt:
         """Wait for the log's word, and send again until there is one."""

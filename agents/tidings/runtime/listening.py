@@ -8,39 +8,46 @@ from aiohttp import web
 
 from tidings.wire.errors import StartFailed
 
+from .porch import Runner
 from .service import Service
 from .settings import Settings
 from .tls import ServerTls, server_tls
+from .tls_server import TlsServer, bind
 
 __all__ = ["listen"]
 
 
 class _Site(web.TCPSite):
-    """aiohttp's, which would give a client asyncio's 60 s to shake hands in."""
+    """aiohttp's; with TLS, connections are accepted by our own server, which counts them before they shake hands."""
 
     def __init__(
-        self, runner: web.AppRunner, host: str, port: int, backlog: int, tls: ServerTls | None, handshake_s: float
+        self, runner: Runner, host: str, port: int, backlog: int, tls: ServerTls | None, handshake_s: float
     ) -> None:
         super().__init__(runner, host, port, backlog=backlog, ssl_context=None if tls is None else tls.context)
-        self._handshake_s = None if tls is None else handshake_s
+        self._strangers = runner
+        self._handshake_s = handshake_s
+        self._tls_server: TlsServer | None = None
 
     async def start(self) -> None:
+        if self._ssl_context is None:
+            await super().start()
+            return
         await web.BaseSite.start(self)
-        server = self._runner.server
-        assert server is not None
-        self._server = await asyncio.get_running_loop().create_server(
-            server,
-            self._host,
-            self._port,
-            ssl=self._ssl_context,
-            backlog=self._backlog,
-            ssl_handshake_timeout=self._handshake_s,
+        sockets = await bind(self._host, self._port, self._backlog)
+        # It has what aiohttp uses of asyncio's: `sockets` and `close`.
+        self._tls_server = self._server = TlsServer(  # type: ignore[assignment]
+            sockets, self._strangers, self._ssl_context, self._handshake_s
         )
+
+    async def stop(self) -> None:
+        await super().stop()
+        if self._tls_server is not None:
+            await self._tls_server.wait_closed()
 
 
 async def listen(
     service: Service,
-    runner: web.AppRunner,
+    runner: Runner,
     settings: Settings,
     where: tuple[str, int],
     *,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from collections.abc import Callable
 from typing import Any, Final, cast
 
@@ -17,7 +18,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.web_protocol import RequestHandler
 from aiohttp.web_server import Server
 
-__all__ = ["Porch", "Runner"]
+__all__ = ["Porch", "Runner", "Stranger", "hang_up"]
 
 _FAIR_S: Final = 1.0
 """Everybody has so long to say hello, however many come: those who come later are told to do so once more."""
@@ -26,7 +27,6 @@ _FULL: Final = (
     f"HTTP/1.1 503 Service Unavailable\r\nRetry-After: {_RETRY_AFTER_S}\r\nContent-Length: 0\r\n"
     "Connection: close\r\n\r\n"
 ).encode()
-_FEW: Final = 64
 _SERVER: Final = "tidings"
 
 Refusal = Callable[[int], web.Response]
@@ -43,12 +43,12 @@ class _Full(asyncio.Protocol):
 
 
 class Porch:
-    """Makes the protocol of each new connection, and knows it until `let_in`."""
+    """Knows each new connection from its first moment, TLS handshake included, until `forget`."""
 
     def __init__(self, most: int) -> None:
         self._most = most
         self._waiting: dict[RequestHandler, float] = {}
-        self._sweep_at = _FEW
+        """Since when, the longest first."""
         self._now = asyncio.get_running_loop().time
         self.turned_away = 0
         """Connections that ended because others wanted their place, or that found none."""
@@ -56,33 +56,32 @@ class Porch:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def receive(self, server: Callable[[], RequestHandler]) -> asyncio.Protocol:
-        """The protocol of one more connection."""
+    def receive(self, make: Callable[[Porch], Stranger]) -> Stranger | None:
+        """The protocol of one more connection; None where there is no room for it."""
         now = self._now()
-        if len(self._waiting) >= self._sweep_at:
-            self._sweep()
         if len(self._waiting) >= self._most:
             oldest, since = next(iter(self._waiting.items()))
             self.turned_away += 1
             if now - since < _FAIR_S:
-                return _Full()
+                return None
             del self._waiting[oldest]
-            oldest.force_close()
-        protocol = server()
-        self._waiting[protocol] = now
-        return protocol
+            cast(Stranger, oldest).drop()
+        stranger = make(self)
+        self._waiting[stranger] = now
+        return stranger
 
-    def let_in(self, protocol: RequestHandler) -> None:
-        """It has said who it is."""
+    def forget(self, protocol: RequestHandler) -> None:
+        """It has said who it is, or has gone."""
         self._waiting.pop(protocol, None)
 
-    def _sweep(self) -> None:
-        """Forget those that have gone."""
-        now = self._now()
-        self._waiting = {
-            one: since for one, since in self._waiting.items() if one.transport is not None or now - since < _FAIR_S
-        }
-        self._sweep_at = min(self._most, max(_FEW, 2 * len(self._waiting)))
+
+def hang_up(connection: socket.socket) -> None:
+    """End a connection below its transport, which takes it for the client's doing."""
+    try:
+        connection.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        # The client was first.
+        logging.getLogger("tidings.http").debug("a connection had ended before it was to")
 
 
 def _is_ours(record: logging.LogRecord) -> bool:
@@ -94,14 +93,31 @@ def _plainly(status: int) -> web.Response:
     return web.Response(status=status)
 
 
-class _Connection(RequestHandler):
+class Stranger(RequestHandler):
     """aiohttp's connection; what it refuses by itself, it answers in our words, which repeat none of the request."""
 
-    __slots__ = ("_refusal",)
+    __slots__ = ("_porch", "_refusal", "shaking")
 
-    def __init__(self, server: Server, refusal: Refusal, **options: Any) -> None:
+    def __init__(self, server: Server, porch: Porch, refusal: Refusal, **options: Any) -> None:
         super().__init__(server, **options)
+        self._porch = porch
         self._refusal = refusal
+        self.shaking: socket.socket | None = None
+        """What it comes over, until the TLS handshake is done: there is no transport before."""
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._porch.forget(self)
+        super().connection_lost(exc)
+
+    def drop(self) -> None:
+        """End the connection at once, whatever waits to be sent."""
+        if self.shaking is not None:
+            hang_up(self.shaking)
+            return
+        transport = self.transport
+        self.force_close()
+        if transport is not None:
+            transport.abort()
 
     def handle_error(
         self,
@@ -126,14 +142,17 @@ class Runner(web.AppRunner):
         log = logging.getLogger("tidings.http")
         log.addFilter(_is_ours)
         super().__init__(app, logger=log, **options)
-        self._porch = porch
+        self.porch = porch
         self._refusal = refusal
 
     @property
     def server(self) -> Callable[[], asyncio.Protocol] | None:  # type: ignore[override]
-        """What sites call for each connection."""
+        """What makes the protocol of each connection without TLS."""
+        return None if self._server is None else lambda: self.receive() or _Full()
+
+    def receive(self) -> Stranger | None:
+        """The protocol of one more connection; None where there is no room for it."""
         server = self._server
-        if server is None:
-            return None
+        assert server is not None
         loop = asyncio.get_running_loop()
-        return lambda: self._porch.receive(lambda: _Connection(server, self._refusal, loop=loop, **self._kwargs))
+        return self.porch.receive(lambda porch: Stranger(server, porch, self._refusal, loop=loop, **self._kwargs))

@@ -25,7 +25,7 @@ from tidings.wire.notification import Envelope
 from tidings.wire.pointer import pointer_to
 
 from .folder import Document, own, shipped
-from .references import leads_back
+from .references import is_locatable
 
 __all__ = ["EventType", "Schemas", "reader"]
 
@@ -70,9 +70,9 @@ class Schemas:
             )
         except (ValueError, ReferencingError) as error:
             raise BadSettings(f"the schemas do not fit together: {_first_line(error)}") from None
-        self._validators = {name: _compile(document, registry) for name, document in self._documents.items()}
-        self._unlocated = {name for name, document in self._documents.items() if leads_back(document, by_uri)}
+        self._unlocated = {name for name, document in self._documents.items() if not is_locatable(document, by_uri)}
         """Types of whose violations it is not said where they are."""
+        self._validators = {name: _compile(document, registry) for name, document in self._documents.items()}
 
     @classmethod
     def load(cls, folder: Path | None = None, *, unknown: Literal["allow", "refuse"] = "allow") -> Self:

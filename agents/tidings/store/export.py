@@ -10,7 +10,7 @@ import orjson
 
 from tidings.wire.position import Position
 
-from .port import Cursor, EndedSubscription, Holder, InboxItem, Subscription
+from .port import Cursor, DeviceCursor, EndedSubscription, InboxItem, Subscription
 
 __all__ = ["exported_cursor", "exported_ended", "exported_item", "exported_subscription", "exported_watermark"]
 
@@ -42,8 +42,9 @@ def exported_watermark(as_: str, upto: Position) -> dict[str, Any]:
     return {"kind": "watermark", "as": as_, "upto": str(upto)}
 
 
-def exported_cursor(device: str, cursor: Cursor, holder: Holder | None) -> dict[str, Any]:
+def exported_cursor(known: DeviceCursor) -> dict[str, Any]:
     """A device and what it has acknowledged."""
+    device, cursor, holder = known
     return {
         "kind": "cursor",
         "device": device,

@@ -31,6 +31,7 @@ from .port import (
     Claimed,
     CursorUpdate,
     DeliveredMark,
+    DeviceCursor,
     EndedSubscription,
     Holder,
     InboxItem,
@@ -171,6 +172,9 @@ class GuardedStore:
 
     async def holders(self, user: str) -> list[Holder]:
         return await self._call("holders", self._store.holders(user))
+
+    async def devices(self, user: str) -> list[DeviceCursor]:
+        return await self._call("devices", self._store.devices(user))
 
     async def subscribe(self, user: str, topics: Sequence[str], most: int, since: Position) -> None:
         await self._call("subscribe", self._store.subscribe(user, topics, most, since))

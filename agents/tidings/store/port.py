@@ -28,6 +28,7 @@ __all__ = [
     "CursorUpdate",
     "Delivered",
     "DeliveredMark",
+    "DeviceCursor",
     "EndedSubscription",
     "Holder",
     "InboxItem",
@@ -168,6 +169,15 @@ class Lost(NamedTuple):
     """Who has it; None where nobody does: it was released, or erased with its user."""
 
 
+class DeviceCursor(NamedTuple):
+    """A device of a user, as the store knows it."""
+
+    device: str
+    cursor: Cursor
+    holder: Holder | None
+    """Who has it; None where nobody does."""
+
+
 class CursorUpdate(NamedTuple):
     """A cursor to save for as long as `holder` still has the device."""
 
@@ -289,6 +299,9 @@ class Store(Protocol):
 
     async def holders(self, user: str) -> list[Holder]:
         """The sessions that have the user's devices now (or had them when their gateway was killed)."""
+
+    async def devices(self, user: str) -> list[DeviceCursor]:
+        """The user's devices, with what each has acknowledged as of its gateway's last write."""
 
     async def expire(self, before_ns: int) -> int:
         """Delete rows and broadcasts stored, and forget what ended, before that time (nanoseconds since the epoch).

@@ -14,14 +14,16 @@ import logging
 import ssl
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any, Final
+from urllib.parse import ParseResult
 
 import nats.errors
 import orjson
-from nats.aio.client import DEFAULT_BUFFER_SIZE, Client
+from nats.aio.client import DEFAULT_BUFFER_SIZE, Client, Srv
 from nats.aio.subscription import Subscription
+from nats.aio.transport import TcpTransport
 from nats.protocol.parser import AWAITING_CONTROL_LINE, Parser
 
-from tidings.runtime.address import has_tls, shown
+from tidings.runtime.address import has_login, has_tls, shown
 from tidings.runtime.settings import Settings
 from tidings.runtime.tls import ClientTls
 from tidings.wire.errors import StreamUnavailable
@@ -37,6 +39,7 @@ Handler = Callable[[bytes, bytes, bytes | None, bytes], None]
 _NEARLY_S: Final = 0.5
 
 _PERMISSIONS: Final = "permissions violation"
+_AUTHORIZATION: Final = "authorization violation"
 _FORBIDDEN_AGAIN_S: Final = 5.0
 
 MAX_UNSENT_BYTES: Final = 64 * 1024 * 1024
@@ -99,6 +102,27 @@ class _FastParser(Parser):
             await self.nc.let_gather()
 
 
+class _Transport(TcpTransport):
+    """nats-py's, whose streams over TLS are made known to each other."""
+
+    def __init__(self, connected: TcpTransport) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._bare_io_reader = self._io_reader = connected._io_reader
+        self._bare_io_writer = self._io_writer = connected._io_writer
+
+    async def connect_tls(
+        self, uri: str | ParseResult, ssl_context: ssl.SSLContext, buffer_size: int, connect_timeout: int
+    ) -> None:
+        await super().connect_tls(uri, ssl_context, buffer_size, connect_timeout)
+        assert self._io_writer is not None
+        # A connection that is upgraded is not made known to its new protocol: that would ask for what TLS cannot do
+        # when the server goes (to stay half open, which asyncio warns of), and its reader could not hold back a fast
+        # server.
+        transport = self._io_writer.transport
+        if not transport.is_closing():
+            transport.get_protocol().connection_made(transport)
+
+
 class Connection(Client):
     """A connection to NATS that reconnects for ever until it is closed."""
 
@@ -108,6 +132,8 @@ class Connection(Client):
         self.handlers: dict[bytes, Handler] = {}
         self._kick: asyncio.Handle | None = None
         self.request_timeout_s = 5.0
+        self.forbidden_handlers: set[Callable[[], None]] = set()
+        """Called at each refusal of the server's, for `may_not_publish` to be asked."""
         self._forbidden = ""
         self._warn_from = 0.0
         self.tls: ClientTls | None = None
@@ -131,6 +157,11 @@ class Connection(Client):
             return super().ssl_context
         return self.tls.context()
 
+    async def _connect_to_server(self, s: Srv) -> None:
+        await super()._connect_to_server(s)
+        if type(self._transport) is TcpTransport:
+            self._transport = _Transport(self._transport)
+
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
         # nats-py takes TLS where the server asks for it. One that does not, or somebody in between who says that it
         # does not, would be sent the credentials in the clear.
@@ -150,11 +181,17 @@ class Connection(Client):
         if now >= self._warn_from:
             self._warn_from = now + _FORBIDDEN_AGAIN_S
             log.warning("these NATS credentials do not allow what is needed: %s", said)
+        for handler in self.forbidden_handlers:
+            handler()
+
+    def may_not_publish(self, where: str) -> bool:
+        """Whether the server's last refusal was of publishing to this subject, or to one that differs in case alone."""
+        return f'publish to "{where.lower()}"' in self._forbidden
 
     def _why(self, where: str, error: Exception) -> str:
         """Why a request had no answer, as far as it is known. The server says subjects in lower case."""
         own = self._inbox_prefix.decode().lower()
-        if f'publish to "{where.lower()}"' in self._forbidden or f'subscription to "{own}.' in self._forbidden:
+        if self.may_not_publish(where) or f'subscription to "{own}.' in self._forbidden:
             return "the NATS credentials do not allow it. Are they those of another program (nats_credentials)?"
         return str(error) or type(error).__name__
 
@@ -246,23 +283,10 @@ class Connection(Client):
 
     async def close(self) -> None:
         # nats-py cannot close what it has not begun to connect, as when it refuses an option.
-        if self._flush_queue is not None:
+        if self._flush_queue is None:
+            return
+        try:
             await super().close()
-
-    async def finish(self, timeout_s: float = 1.0) -> None:
-        """Send what is queued, if the server is there, and close."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self.flush()
-        except (nats.errors.Error, OSError, TimeoutError) as error:
-            log.debug("the last messages to NATS may be lost: %s", error or type(error).__name__)
-        finally:
-            # To its end, whoever gives up waiting.
-            await asyncio.shield(asyncio.ensure_future(self._close_for_good()))
-
-    async def _close_for_good(self) -> None:
-        try:
-            await self.close()
         except (OSError, RuntimeError) as error:
             # nats-py stops half-way when the server goes while it writes the last bytes, or has gone: uvloop's closed
             # transports raise RuntimeError.
@@ -275,6 +299,17 @@ class Connection(Client):
             transport: Any = self._transport
             if transport is not None:
                 transport.close()
+
+    async def finish(self, timeout_s: float = 1.0) -> None:
+        """Send what is queued, if the server is there, and close."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.flush()
+        except (nats.errors.Error, OSError, TimeoutError) as error:
+            log.debug("the last messages to NATS may be lost: %s", error or type(error).__name__)
+        finally:
+            # To its end, whoever gives up waiting.
+            await asyncio.shield(asyncio.ensure_future(self.close()))
 
     async def api(self, request: str, body: Any = None) -> dict[str, Any]:
         """Ask ``$JS.API.<request>``; raises `ApiError`, or `StreamUnavailable` when nobody answers.
@@ -352,7 +387,9 @@ async def connect(
     problems: list[Exception] = []
 
     async def problem(error: Exception) -> None:
-        problems[:] = [error]
+        # What the server said of the credentials; it hangs up then, and that may be noticed once more.
+        if not any(_AUTHORIZATION in str(known).lower() for known in problems):
+            problems[:] = [error]
         if _PERMISSIONS in str(error).lower():
             connection.forbidden(str(error))
         else:
@@ -376,9 +413,10 @@ async def connect(
     except (nats.errors.Error, OSError, TimeoutError) as error:
         await connection.close()
         reason = problems[0] if problems else error
+        if _AUTHORIZATION in str(reason).lower():
+            raise StreamUnavailable(_not_let_in(settings)) from None
         raise StreamUnavailable(
-            f"no connection to NATS at {shown(settings.nats_url)}: {_reason(reason)}. "
-            "Is nats-server running there, and are the credentials right?"
+            f"no connection to NATS at {shown(settings.nats_url)}: {_reason(reason)}. Is nats-server running there?"
         ) from None
     except BaseException:
         # Whoever waited for it waits no more: it would stay open with nobody to close it.
@@ -399,3 +437,15 @@ def _reason(error: Exception) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"its certificate is refused ({error.verify_message}): does nats_ca (TIDINGS_NATS_CA) name its CA?"
     return str(error) or type(error).__name__
+
+
+def _not_let_in(settings: Settings) -> str:
+    which = "nobody without credentials is let in"
+    if settings.nats_credentials:
+        which = f"the credentials in {settings.nats_credentials} are not let in"
+    elif has_login(settings.nats_url):
+        which = "the login in the address is not let in"
+    return (
+        f"{which} (authorization violation) by NATS at {shown(settings.nats_url)}: set nats_credentials "
+        "(TIDINGS_NATS_CREDENTIALS) to a key that the server knows and that was not retired"
+    )

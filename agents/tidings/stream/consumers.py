@@ -21,6 +21,7 @@ from .topology import BROADCAST, DEAD, INBOX, notify_stream
 __all__ = [
     "Delivery",
     "Progress",
+    "SharedProgress",
     "Stored",
     "bury",
     "create_feed",
@@ -36,6 +37,9 @@ __all__ = [
     "progress",
     "pull",
     "resize",
+    "session_consumer",
+    "session_of",
+    "shared_progress",
     "status_of",
     "stored_ns",
 ]
@@ -224,6 +228,61 @@ def _leader(info: dict[str, Any]) -> str:
     return node
 
 
+class Progress(NamedTuple):
+    """How far a session's consumer is, by sequences of its stream."""
+
+    begins: int
+    """What lies below is not its own: the device has it, or gets it from the inbox."""
+    delivered: int
+    ack_floor: int
+    unacknowledged: int
+    """Under way to the device now."""
+    redelivered: int
+    """Of these, those that were sent more than once."""
+    window: int
+    """How many may be under way."""
+
+
+async def progress(connection: Connection, partition: int, session: str) -> Progress | None:
+    """Where a session's consumer is; None when it has none. Reads the names of all consumers of the partition."""
+    stream = notify_stream(partition)
+    names: list[str] = []
+    while True:
+        answer = await connection.api(f"CONSUMER.NAMES.{stream}", {"offset": len(names)})
+        some = answer.get("consumers") or []
+        names += some
+        if not some or len(names) >= answer["total"]:
+            break
+    newest: dict[str, Any] | None = None
+    for name in names:
+        if session_of(name) != session:
+            continue
+        info = await _info(connection, stream, name, connection.request_timeout_s)
+        if info is not None and (newest is None or info["created"] > newest["created"]):
+            newest = info
+    if newest is None:
+        return None
+    config = newest["config"]
+    return Progress(
+        config.get("opt_start_seq", 0),
+        newest["delivered"]["stream_seq"],
+        newest["ack_floor"]["stream_seq"],
+        newest["num_ack_pending"],
+        newest["num_redelivered"],
+        config["max_ack_pending"],
+    )
+
+
+def session_consumer(session: str, part: str) -> str:
+    """The name of a consumer of a session, which has one after the other; `part` tells them apart."""
+    return f"{session}-{part}"
+
+
+def session_of(name: str) -> str:
+    """The session of a consumer that `session_consumer` named."""
+    return name.rpartition("-")[0]
+
+
 def pull(connection: Connection, stream: str, name: str, reply: str, *, batch: int, expires_ns: int) -> bool:
     """Ask for up to `batch` messages, to be sent to `reply` as they come."""
     return connection.send(
@@ -244,10 +303,10 @@ async def last_sequence(connection: Connection, partition: int) -> int:
 
 async def inbox_floor(connection: Connection, partition: int) -> int:
     """The ack floor of the inbox agents: all up to it is in the store."""
-    return (await progress(connection, notify_stream(partition), INBOX)).floor
+    return (await shared_progress(connection, notify_stream(partition), INBOX)).floor
 
 
-class Progress(NamedTuple):
+class SharedProgress(NamedTuple):
     """How far the agents that share a consumer have come."""
 
     floor: int
@@ -256,10 +315,10 @@ class Progress(NamedTuple):
     """Messages that are not acknowledged."""
 
 
-async def progress(connection: Connection, stream: str, name: str) -> Progress:
+async def shared_progress(connection: Connection, stream: str, name: str) -> SharedProgress:
     """Of a shared consumer; raises `StreamUnavailable`."""
     info = await connection.api(f"CONSUMER.INFO.{stream}.{name}")
-    return Progress(info["ack_floor"]["stream_seq"], info["num_pending"] + info["num_ack_pending"])
+    return SharedProgress(info["ack_floor"]["stream_seq"], info["num_pending"] + info["num_ack_pending"])
 
 
 async def bury(

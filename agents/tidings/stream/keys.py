@@ -71,10 +71,13 @@ class Keys:
             ) from None
         return public.decode()
 
-    def rotate(self, name: str) -> None:
-        """Make a new key. The one before is let in until it is retired, so that programs change one after another."""
+    def _check(self, name: str) -> None:
         if not self.file(name).exists():
             raise BadSettings(f"there is no key of {name!r} in {self._folder}: it has {', '.join(self.names())}")
+
+    def rotate(self, name: str) -> None:
+        """Make a new key. The one before is let in until it is retired, so that programs change one after another."""
+        self._check(name)
         if self._previous(name).exists():
             raise BadSettings(
                 f"the key of {name} is being exchanged already: when all its programs have {self.file(name)}, "
@@ -82,6 +85,17 @@ class Keys:
             )
         self.file(name).rename(self._previous(name))
         self.make(name)
+
+    def replace(self, name: str) -> None:
+        """Make a new key, and let in neither the current one nor the one before: of a key that was stolen."""
+        self._check(name)
+        # Never without one: whoever stops half-way does it again.
+        if not self._previous(name).exists():
+            self.rotate(name)
+        else:
+            self.file(name).unlink()
+            self.make(name)
+        self.retire(name)
 
     def retire(self, name: str) -> None:
         """Let the key before the last rotation in no more."""

@@ -10,27 +10,25 @@ letter that is gone was replayed, dropped, or is past ``dead_max_age_s``.
 
 from __future__ import annotations
 
-import asyncio
 import base64
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
+from datetime import datetime
 from typing import Any, Final, NamedTuple
-
-import orjson
 
 from tidings.wire import subject
 from tidings.wire.errors import (
     InvalidNotification,
     NoSuchLetter,
     ReplayRefused,
-    StreamUnavailable,
     TopologyMismatch,
 )
 from tidings.wire.notification import check as check_envelope
 
+from . import reading
 from .connection import ApiError, Connection
-from .consumers import NOT_FOUND, direct_get_status
+from .consumers import NOT_FOUND
 from .letter import EVERYTHING, Filter, Letter
 from .topology import DEAD, TOPICS, is_partition
 
@@ -53,7 +51,6 @@ _BATCH: Final = 256
 """Letters of one request: at most 5 MB."""
 _SCAN: Final = 10_000
 """Letters that are read for one page at most: one of a rare kind may be short, and still have a `next`."""
-_END_OF_BATCH: Final = 204
 
 
 class Page(NamedTuple):
@@ -130,7 +127,8 @@ async def each(
 ) -> AsyncGenerator[Letter, None]:
     """All letters that are meant, oldest first: up to a sequence, or to the newest there is now."""
     first, last = await _bounds(connection)
-    async with aclosing(_read(connection, first, last if upto is None else min(upto, last))) as letters:
+    end = last if upto is None else min(upto, last)
+    async with aclosing(_read(connection, first, end, since=wanted.since)) as letters:
         async for letter in letters:
             if wanted.matches(letter):
                 yield letter
@@ -141,9 +139,9 @@ async def look(connection: Connection, sequence: int) -> Letter:
     message = await _find(connection, sequence) if _may_be(sequence) else None
     if message is None:
         raise NoSuchLetter(_gone(sequence))
-    header = base64.b64decode(message.get("hdrs", ""))
+    headers = reading.fields(base64.b64decode(message.get("hdrs", "")))
     return _letter(
-        message["seq"], message["subject"], message["time"], header, base64.b64decode(message.get("data", ""))
+        message["seq"], message["subject"], message["time"], headers, base64.b64decode(message.get("data", ""))
     )
 
 
@@ -230,10 +228,13 @@ async def _bounds(connection: Connection) -> tuple[int, int]:
     return state["first_seq"], state["last_seq"]
 
 
-async def _read(connection: Connection, first: int, last: int) -> AsyncGenerator[Letter, None]:
-    """The letters from one sequence to another, oldest first."""
+async def _read(
+    connection: Connection, first: int, last: int, *, since: datetime | None = None
+) -> AsyncGenerator[Letter, None]:
+    """The letters from one sequence, or from a time, to another sequence, oldest first."""
     while first <= last:
-        some = await _batch(connection, first)
+        some = await _batch(connection, first, since)
+        since = None
         for letter in some:
             if letter.sequence > last:
                 return
@@ -243,44 +244,14 @@ async def _read(connection: Connection, first: int, last: int) -> AsyncGenerator
         first = some[-1].sequence + 1
 
 
-async def _batch(connection: Connection, first: int) -> list[Letter]:
-    """Up to `_BATCH` letters from a sequence on, by one batched Direct Get (NATS ADR-31)."""
-    letters: list[Letter] = []
-    status: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-
-    def arrived(where: bytes, reply: bytes, header: bytes | None, body: bytes) -> None:
-        code = direct_get_status(header) if header is not None else 0
-        if code:
-            if not status.done():
-                status.set_result(code)
-        elif header is not None:
-            fields = _fields(header)
-            where_it_lies, stored = fields["Nats-Subject"], fields["Nats-Time-Stamp"]
-            letters.append(_letter(int(fields["Nats-Sequence"]), where_it_lies, stored, header, body))
-
-    inbox = connection.new_inbox()
-    watch = await connection.listen(inbox, arrived)
-    request = orjson.dumps({"seq": first, "batch": _BATCH, "next_by_subj": subject.DEAD_WILDCARD})
-    try:
-        async with asyncio.timeout(connection.request_timeout_s):
-            connection.send(f"$JS.API.DIRECT.GET.{DEAD}", request, inbox)
-            code = await status
-    except TimeoutError:
-        raise StreamUnavailable(f"{DEAD} did not answer in {connection.request_timeout_s} s") from None
-    finally:
-        connection.handlers.pop(b"%d" % watch._id, None)
-        if not connection.is_closed:
-            await watch.unsubscribe()
-    if code not in (_END_OF_BATCH, NOT_FOUND):
-        raise StreamUnavailable(f"{DEAD} cannot be read now: status {code}")
-    return letters
+async def _batch(connection: Connection, first: int, since: datetime | None) -> list[Letter]:
+    """Up to `_BATCH` letters from a sequence on, or from a time."""
+    found = await reading.batch(connection, DEAD, subject.DEAD_WILDCARD, _BATCH, first=first, since=since)
+    return [
+        _letter(message.sequence, message.where, message.stored, message.headers, message.body) for message in found
+    ]
 
 
-def _letter(sequence: int, where: str, stored: str, header: bytes, body: bytes) -> Letter:
-    ours = {name: value for name, value in _fields(header).items() if name.startswith("Tidings-")}
+def _letter(sequence: int, where: str, stored: str, headers: Mapping[str, str], body: bytes) -> Letter:
+    ours = {name: value for name, value in headers.items() if name.startswith("Tidings-")}
     return Letter(sequence, subject.plane_of_dead(where), stored, ours, body)
-
-
-def _fields(header: bytes) -> dict[str, str]:
-    lines = (line.partition(":") for line in header.decode("latin-1").split("\r\n")[1:])
-    return {name: value.strip() for name, colon, value in lines if colon}

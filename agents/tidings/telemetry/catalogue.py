@@ -83,6 +83,7 @@ _STORE_CALLS: Final = (
     "between",
     "claim",
     "delivered",
+    "devices",
     "ended_subscriptions",
     "floors",
     "holders",

@@ -36,6 +36,7 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_ON, ParentBased
 import tidings
 from tidings.runtime.listening import listen
 from tidings.runtime.memory import resident_bytes
+from tidings.runtime.porch import Porch, Runner
 from tidings.runtime.service import Service
 from tidings.runtime.settings import Settings
 
@@ -52,6 +53,8 @@ __all__ = ["Telemetry"]
 
 _SCOPE: Final = "tidings"
 _EXPORT_TIMEOUT_S: Final = 5.0
+_CONNECTIONS: Final = 64
+"""To /metrics, whose readers never say who they are: the one that has been there for longest makes room."""
 
 
 class Connected(Protocol):
@@ -84,7 +87,7 @@ class Telemetry(Service):
         self._began_ns = time.time_ns()
         self._known: set[str] = set()
         self._now: dict[str, dict[tuple[str, ...], float]] = {}
-        self._runner: web.AppRunner | None = None
+        self._runner: Runner | None = None
         self.tracing = Tracing(self._tracers.get_tracer(_SCOPE, tidings.__version__), settings.trace_sample_ratio)
         self.port = 0
         """Of ``/metrics``, once started."""
@@ -104,7 +107,8 @@ class Telemetry(Service):
         _name_traces_in_logs()
         app = web.Application()
         app.router.add_get("/metrics", self._metrics)
-        self._runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=1.0)
+        porch = Porch(_CONNECTIONS)
+        self._runner = Runner(app, porch, access_log=None, handle_signals=False, shutdown_timeout=1.0)
         where = settings.metrics_host, settings.metrics_port
         self.port = await listen(self, self._runner, settings, where, backlog=64, variable="TIDINGS_METRICS_PORT")
         self.log.info("metrics are at %s:%d/metrics", settings.metrics_host, self.port)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from typing import Any, Final
+from typing import Final
 
 from cassandra.query import PreparedStatement
 
-from tidings.store.export import exported_cursor
-from tidings.store.port import ANONYMOUS, DEVICES_CAP, Claimed, Cursor, CursorUpdate, Holder, Lost
+from tidings.store.port import ANONYMOUS, DEVICES_CAP, Claimed, Cursor, CursorUpdate, DeviceCursor, Holder, Lost
 from tidings.wire.position import Position
 
 from .database import Database
@@ -140,9 +139,8 @@ class Devices:
         found = await self._holders_of([user])
         return [holder for holder in found.values() if holder is not None]
 
-    async def export(self, user: str) -> AsyncIterator[dict[str, Any]]:
-        async for _, device, state in self._states([user]):
-            yield exported_cursor(device, state.cursor, state.holder)
+    async def devices(self, user: str) -> list[DeviceCursor]:
+        return [DeviceCursor(device, state.cursor, state.holder) async for _, device, state in self._states([user])]
 
     async def erase(self, user: str) -> None:
         """Sessions of these devices lose them with their next write."""

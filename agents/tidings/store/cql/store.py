@@ -28,11 +28,13 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
+from tidings.store.export import exported_cursor
 from tidings.store.port import (
     Broadcast,
     Claimed,
     CursorUpdate,
     DeliveredMark,
+    DeviceCursor,
     EndedSubscription,
     Holder,
     InboxItem,
@@ -189,6 +191,10 @@ class CqlStore:
         with self._call():
             return await self._devices.holders(user)
 
+    async def devices(self, user: str) -> list[DeviceCursor]:
+        with self._call():
+            return await self._devices.devices(user)
+
     async def subscribe(self, user: str, topics: Sequence[str], most: int, since: Position) -> None:
         with self._call():
             await self._subscribing.add(user, topics, most, since)
@@ -244,8 +250,8 @@ class CqlStore:
         with self._call():
             async for entry in self._inbox.export(user):
                 yield entry
-            async for entry in self._devices.export(user):
-                yield entry
+            for known in await self._devices.devices(user):
+                yield exported_cursor(known)
             async for entry in self._subscribing.export(user):
                 yield entry
 

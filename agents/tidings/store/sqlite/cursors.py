@@ -9,11 +9,10 @@ from typing import Any, Final
 import orjson
 
 from tidings.store.cursors import cursor_members, cursor_of
-from tidings.store.export import exported_cursor
-from tidings.store.port import ANONYMOUS, DEVICES_CAP, Claimed, Cursor, CursorUpdate, Holder, Lost
+from tidings.store.port import ANONYMOUS, DEVICES_CAP, Claimed, Cursor, CursorUpdate, DeviceCursor, Holder, Lost
 from tidings.wire.position import Position
 
-__all__ = ["claim", "export", "holders", "save", "save_values"]
+__all__ = ["claim", "devices", "holders", "save", "save_values"]
 
 _SAVE: Final = """
     UPDATE cursors SET incarnation = ?, sequence = ?, acked = ?, attempts = ?, broadcast = ?, gateway = ?,
@@ -59,9 +58,9 @@ def holders(db: sqlite3.Connection, user: str) -> list[Holder]:
     return [Holder(*row) for row in db.execute(query, (user,))]
 
 
-def export(db: sqlite3.Connection, user: str) -> list[dict[str, Any]]:
+def devices(db: sqlite3.Connection, user: str) -> list[DeviceCursor]:
     rows = db.execute(f"SELECT {_CURSOR}, device FROM cursors WHERE user = ?", (user,))
-    return [exported_cursor(row[7], _cursor(row), _holder(row)) for row in rows]
+    return [DeviceCursor(row[7], _cursor(row), _holder(row)) for row in rows]
 
 
 def _row(db: sqlite3.Connection, update: CursorUpdate) -> tuple[Any, ...] | None:

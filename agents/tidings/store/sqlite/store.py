@@ -6,12 +6,19 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from tidings.store.export import exported_ended, exported_item, exported_subscription, exported_watermark
+from tidings.store.export import (
+    exported_cursor,
+    exported_ended,
+    exported_item,
+    exported_subscription,
+    exported_watermark,
+)
 from tidings.store.port import (
     Broadcast,
     Claimed,
     CursorUpdate,
     DeliveredMark,
+    DeviceCursor,
     EndedSubscription,
     Holder,
     InboxItem,
@@ -99,6 +106,9 @@ class SqliteStore:
     async def holders(self, user: str) -> list[Holder]:
         return await self._database.read(lambda db: cursors.holders(db, user))
 
+    async def devices(self, user: str) -> list[DeviceCursor]:
+        return await self._database.read(lambda db: cursors.devices(db, user))
+
     # Subscriptions
 
     async def subscribe(self, user: str, topics: Sequence[str], most: int, since: Position) -> None:
@@ -166,8 +176,8 @@ class SqliteStore:
             for item in items:
                 yield exported_item(item)
             after = items[-1].position
-        for cursor in await self._database.read(lambda db: cursors.export(db, user)):
-            yield cursor
+        for known in await self.devices(user):
+            yield exported_cursor(known)
         topic: str | None = None
         while followed := await self.subscriptions(user, topic, _EXPORT):
             for subscription in followed:

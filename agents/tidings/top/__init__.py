@@ -1,0 +1,1 @@
+"""``tidings top``: what a running mesh does now, read from its agents' ``/metrics``."""
