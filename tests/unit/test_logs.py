@@ -69,7 +69,7 @@ def test_errors_are_named(level: str, traceback: bool) -> None:
 
 
 def test_a_line_of_json() -> None:
-    """Each event is one object on one line, whatever its text holds; an error is named, and its trace where it has one."""
+    """Each event is one object on one line, whatever its text holds; errors and traces are named."""
     stream = io.StringIO()
     logs.set_up("info", stream, form="json")
     log = logging.getLogger("tidings.gateway")

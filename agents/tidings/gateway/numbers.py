@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["GatewayNumbers"]
 
 _S: Final = 1e-9
+_now_ns: Final = time.time_ns
 
 
 class _Plane:
@@ -70,7 +71,8 @@ class GatewayNumbers:
             stored_ns = entry.stored_ns = consumers.stored_ns(entry.reply)
         # What was missed waited for the device, not for us.
         if stored_ns > session.attached_ns:
-            plane.socket_latency.record((now_ns - stored_ns) * _S, self._trace(entry))
+            span = entry.span
+            plane.socket_latency.record((now_ns - stored_ns) * _S, None if span is None else self._ids(span))
 
     def handed_out(self, count: int, stored_ns: int, trace: tuple[int, int] | None) -> None:
         """So many lanes were written a broadcast for the first time."""
@@ -84,10 +86,8 @@ class GatewayNumbers:
         plane.acks.value += 1
         stored_ns = entry.stored_ns
         if stored_ns is not None and stored_ns > session.attached_ns:
-            plane.ack_latency.record((time.time_ns() - stored_ns) * _S, self._trace(entry))
-
-    def _trace(self, entry: Entry) -> tuple[int, int] | None:
-        return None if entry.span is None else self._ids(entry.span)
+            span = entry.span
+            plane.ack_latency.record((_now_ns() - stored_ns) * _S, None if span is None else self._ids(span))
 
     def closed(self, code: int, by: str) -> None:
         self._closes.of(str(code), by).value += 1

@@ -77,8 +77,9 @@ def parse_reply(reply: bytes) -> Delivery:
 
 def stored_ns(reply: bytes) -> int:
     """Of that only when the message was stored, for whoever asks it of each."""
-    words = reply.split(b".")
-    return int(words[7 if len(words) == _V1_TOKENS else 9])
+    if reply.count(b".") == _V1_TOKENS - 1:
+        return int(reply.rsplit(b".", 2)[1])
+    return parse_reply(reply).stored_ns
 
 
 def status_of(header: bytes) -> tuple[int, bytes]:
