@@ -20,8 +20,8 @@ import uvloop
 from bench.load import quantile
 from bench.peers.dialects import DIALECTS, Dialect, Place
 from bench.publisher import EVERYBODY
-from bench.waiting import until
 from bench.raw_socket import WebSocket, client_frame
+from bench.waiting import until
 
 __all__ = ["Device", "Fleet", "Ledger"]
 
