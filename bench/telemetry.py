@@ -33,12 +33,12 @@ class TelemetryPlan(Plan):
 
     devices: int = 1000
     rate: int = 1500
-    seconds: float = 6.0
+    seconds: float = 3.0
     repeats: int = 1
     partitions: int = 16
     warm_up_s: float = 1.0
     settle_s: float = 1.0
-    pairs: int = 8
+    pairs: int = 24
     traced_every: int = 100
 
 
