@@ -26,7 +26,8 @@ import uvloop
 from aiohttp import web
 
 from bench.system import memory, raise_open_files
-from tidings.gateway.socket import Socket
+from tidings.gateway.meter import Limits
+from tidings.gateway.socket import Socket, Turns
 from tidings.runtime.tls import ServerTls
 from tidings.wire.frames import SUBPROTOCOL
 
@@ -34,6 +35,7 @@ __all__: list[str] = []
 
 _PAYLOAD: Final = b"x" * 396
 _AT_ONCE: Final = 32
+_UNLIMITED: Final = Limits(1e9, 10**9, 1e12, 10**12)
 _REQUEST: Final = (
     "GET /v1/ws HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
     "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
@@ -45,10 +47,10 @@ async def serve(folder: str, devices: int, rounds: int) -> None:
     """Take the devices, measure, send each round to all; the figures go to standard output as JSON."""
     tls = ServerTls(f"{folder}/server.pem", f"{folder}/server.key") if folder else None
     open_sockets: list[Socket] = []
-    enough = asyncio.Event()
+    enough, turns = asyncio.Event(), Turns()
 
     async def handle(request: web.Request) -> web.StreamResponse:
-        socket = Socket(65_536, 262_144)
+        socket = Socket(65_536, 262_144, _UNLIMITED, turns)
         response = await socket.accept(request)
         open_sockets.append(socket)
         if len(open_sockets) == devices:

@@ -26,7 +26,7 @@ from aiohttp import WSMsgType, web
 from support.certificates import Authority
 from support.clock import PATIENCE_S, SCALE, until
 from tidings.gateway.meter import Limits
-from tidings.gateway.socket import Socket
+from tidings.gateway.socket import Socket, Turns
 from tidings.runtime.tls import ServerTls
 from tidings.wire import codes
 from tidings.wire.frames import SUBPROTOCOL
@@ -207,7 +207,7 @@ class Server:
         """As `tidings.gateway.door` does it."""
         echo = Echo(request)
         self.transports.append(echo.transport)
-        echo.socket = socket = Socket(FRAME_MAX, BUFFER_MAX, LIMITS)
+        echo.socket = socket = Socket(FRAME_MAX, BUFFER_MAX, LIMITS, Turns())
         echo.response = response = await socket.accept(request)
 
         def hear(text: str) -> None:

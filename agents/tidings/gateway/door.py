@@ -90,7 +90,9 @@ class Door:
             return refusal
         numbers = self._hub.numbers
         told = None if numbers is None else numbers.closed
-        socket = Socket(settings.frame_max_bytes, settings.write_buffer_bytes, self._hub.meters.limits, told)
+        socket = Socket(
+            settings.frame_max_bytes, settings.write_buffer_bytes, self._hub.meters.limits, self._hub.turns, told
+        )
         self._entering.add(socket)
         try:
             await self._handshakes.turn()

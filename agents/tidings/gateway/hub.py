@@ -37,7 +37,7 @@ from .follows import Follows
 from .meter import Limits, Meters
 from .recent import RecentIds
 from .session import Session, SessionState
-from .socket import Socket
+from .socket import Socket, Turns
 from .window import Entry
 
 if TYPE_CHECKING:
@@ -101,6 +101,7 @@ class Hub:
                 settings.client_bytes_burst,
             )
         )
+        self.turns = Turns()
         self.overloaded = False
         """The process has as much memory as it may: no new sessions."""
         self.feed = Feed(self)

@@ -13,6 +13,7 @@ import asyncio
 import logging
 import secrets
 import struct
+from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -28,7 +29,7 @@ from tidings.wire.frames import SUBPROTOCOL, bye, error
 
 from .meter import GRACE_S, Limits, Meter
 
-__all__ = ["Socket", "encode"]
+__all__ = ["Socket", "Turns", "encode"]
 
 _PING: Final = b"\x89\x00"
 _SMALL: Final = 126
@@ -46,7 +47,9 @@ _OURS: Final = {
 _TOO_MANY: Final = WSMessage(WSMsgType.ERROR, None, codes.TOO_MANY_REQUESTS.name)
 """What the reader says when it reads no more."""
 _GULP: Final = 1024
-"""Bytes of one client that are read in one turn of the loop: some 60 of the smallest frames, half a millisecond."""
+"""Bytes of one client that are read at once: some 60 of the smallest frames, half a millisecond."""
+_GULPS: Final = 2
+"""Of all clients that sent more than a gulp at once, in one turn of the loop."""
 
 Closed = Callable[[int, str], None]
 """Told of each close frame: its code, and who sent it first, ``gateway`` or ``client``."""
@@ -76,15 +79,53 @@ class _Frames(WebSocketDataQueue):
         super().feed_data(data, size)
 
 
+class Turns:
+    """The clients of a gateway that sent more than a gulp at once: they are read by turns, a gulp each.
+
+    One read of the network may bring 65,536 bytes of a client. If each of a hundred such clients were read a gulp in
+    every turn of the loop, all others would wait for 50 ms.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: deque[_Reader] = deque()
+        self._loop = asyncio.get_running_loop()
+        self._due = False
+
+    def join(self, reader: _Reader) -> None:
+        """Wait for a turn; nobody waits twice."""
+        self._waiting.append(reader)
+        self._go_on()
+
+    def _go_on(self) -> None:
+        if self._waiting and not self._due:
+            self._due = True
+            self._loop.call_soon(self._turn)
+
+    def _turn(self) -> None:
+        waiting = self._waiting
+        self._due = False
+        try:
+            for _ in range(min(_GULPS, len(waiting))):
+                reader = waiting.popleft()
+                if reader.go_on():
+                    waiting.append(reader)
+        finally:
+            # Whoever failed, the others are read.
+            self._go_on()
+
+
 class _Reader(WebSocketReader):
     """aiohttp's parser of frames, which reads a little of each client in turn, and none of one that sends too much.
 
     Counted here is what is no text frame: bytes, pings, pongs, and reads that bring only a piece of a frame.
     """
 
-    def __init__(self, frames: _Frames, protocol: RequestHandler, frame_max_bytes: int, limits: Limits) -> None:
+    def __init__(
+        self, frames: _Frames, protocol: RequestHandler, frame_max_bytes: int, limits: Limits, turns: Turns
+    ) -> None:
         super().__init__(frames, frame_max_bytes, compress=False, decode_text=True)
         self.meter = Meter(limits)
+        self._turns = turns
         self._frames = frames
         self._protocol = protocol
         self._now = asyncio.get_running_loop().time
@@ -103,22 +144,24 @@ class _Reader(WebSocketReader):
         if size and self.meter.bytes(self._now(), size) > 0:
             self._refuse()
             return False, b""
-        return self._take(data) if size > _GULP else self._read(data)
+        if size <= _GULP:
+            return self._read(data)
+        self._waiting = bytes(data)
+        self._set_reading(False)
+        self._turns.join(self)
+        return False, b""
 
     def feed_eof(self) -> None:
         while self._waiting and not self._done:
-            data, self._waiting = self._waiting, b""
-            self._take(data)
+            self._gulp()
         self._done = True
         super().feed_eof()
 
-    def _take(self, data: bytes | bytearray | memoryview) -> tuple[bool, bytes]:
-        """A little of it now, and the rest in the next turns of the loop."""
-        if len(data) > _GULP:
-            self._waiting = bytes(data[_GULP:])
-            self._set_reading(False)
-            asyncio.get_running_loop().call_soon(self._go_on)
-        return self._read(data[:_GULP])
+    def _gulp(self) -> bool:
+        """Read a little of what waits; whether that was the end of the conversation."""
+        data, self._waiting = self._waiting[:_GULP], self._waiting[_GULP:]
+        ended, _ = self._read(data)
+        return ended
 
     def _read(self, data: bytes | bytearray | memoryview) -> tuple[bool, bytes]:
         frames = self._frames
@@ -131,16 +174,18 @@ class _Reader(WebSocketReader):
                 self._refuse()
         return answer
 
-    def _go_on(self) -> None:
+    def go_on(self) -> bool:
+        """Its turn to read has come; whether there is more to read after it."""
         if self._done or not self._waiting:
-            return
-        data, self._waiting = self._waiting, b""
-        ended, _ = self._take(data)
-        if ended:
+            return False
+        if self._gulp():
             self._done = True
             self._protocol.close()
-        elif not self._waiting:
-            self._set_reading(True)
+            return False
+        if self._waiting:
+            return not self._done
+        self._set_reading(True)
+        return False
 
     def _refuse(self) -> None:
         if not self._done:
@@ -180,6 +225,7 @@ class _Response(web.WebSocketResponse):
     frames: _Frames
     reader: _Reader
     limits: Limits
+    turns: Turns
     told: Closed | None = None
     dismissed = False
     """A close frame was sent already, by `Socket`."""
@@ -189,7 +235,7 @@ class _Response(web.WebSocketResponse):
         self._ws_protocol = protocol
         self._writer = writer
         self.frames = self._reader = _Frames(request.protocol, _QUEUE_BYTES, loop=asyncio.get_running_loop())
-        self._parser = self.reader = _Reader(self.frames, request.protocol, self._max_msg_size, self.limits)
+        self._parser = self.reader = _Reader(self.frames, request.protocol, self._max_msg_size, self.limits, self.turns)
         request.protocol.set_parser(self._parser)
         request.protocol.keep_alive(False)
 
@@ -226,7 +272,7 @@ class Socket:
     )
 
     def __init__(
-        self, frame_max_bytes: int, write_buffer_bytes: int, limits: Limits, told: Closed | None = None
+        self, frame_max_bytes: int, write_buffer_bytes: int, limits: Limits, turns: Turns, told: Closed | None = None
     ) -> None:
         self._response = _Response(
             autoping=False,
@@ -236,6 +282,7 @@ class Socket:
             timeout=_CLOSE_WAIT_S,
         )
         self._response.limits = limits
+        self._response.turns = turns
         self._response.told = told
         self._limit = write_buffer_bytes
         self._secured = False
