@@ -20,9 +20,9 @@ import orjson
 import uvloop
 
 from bench.publisher import EVERYBODY, own_cpu_s, user_of
+from bench.raw_socket import CLOSE, WebSocket, client_frame, upgrade_request
 from bench.returning import Attempt, Returning
 from bench.waiting import until
-from bench.websocket import CLOSE, WebSocket, client_frame, upgrade_request
 from tidings.identity import issue
 from tidings.wire.frames import SUBPROTOCOL
 

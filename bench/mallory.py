@@ -16,7 +16,7 @@ from typing import Any, Final
 import orjson
 import uvloop
 
-from bench.websocket import CLOSE, client_frame, upgrade_request
+from bench.raw_socket import CLOSE, client_frame, upgrade_request
 from tidings.identity import issue
 from tidings.wire.frames import SUBPROTOCOL
 

@@ -14,7 +14,7 @@ from typing import Any, Final, Protocol
 import orjson
 
 from bench.publisher import user_of
-from bench.websocket import upgrade_request
+from bench.raw_socket import upgrade_request
 from tidings.identity import issue
 from tidings.wire.frames import SUBPROTOCOL
 

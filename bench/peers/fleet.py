@@ -20,8 +20,8 @@ import uvloop
 from bench.load import quantile
 from bench.peers.dialects import DIALECTS, Dialect, Place
 from bench.publisher import EVERYBODY
+from bench.raw_socket import WebSocket, client_frame
 from bench.waiting import until
-from bench.websocket import WebSocket, client_frame
 
 __all__ = ["Device", "Fleet", "Ledger"]
 

@@ -180,11 +180,28 @@ async def test_addresses(mesh: Mesh) -> None:
         assert answer.headers["Allow"] == "GET, POST"
         path = "/v1/users/%ff/unread"
         refusal(await http.get(path, headers=service()), 400, "bad_parameter", parameter="path")
+        for query in ("type=%ff", "%c3=a", "type=a%ed%a0%80"):
+            answer = await http.get(f"/v1/users/alice/inbox?{query}", headers=service())
+            refusal(answer, 400, "bad_parameter", parameter="query")
+        fine = await http.get("/v1/users/alice/inbox?type=caf%C3%A9%EF%BF%BD", headers=service())
+        assert fine.status_code == 200
         for bad in ("%00", "a" * 201):
             answer = await http.get(f"/v1/users/{bad}/unread", headers=service())
             refusal(answer, 400, "bad_parameter", parameter="user")
         for name in ("a%2Fb", "%2E%2E", "%F0%9F%8E%89"):
             assert (await http.get(f"/v1/users/{name}/unread", headers=service())).json() == {"unread": 0}
+
+
+async def test_expectations(mesh: Mesh) -> None:
+    """100-continue is there; whatever else is expected is refused as everything is, at each address."""
+    async with api(mesh) as http:
+        for path in ("/v1/users/alice/unread", "/healthz", "/v2/nowhere"):
+            answer = await http.get(path, headers={**service(), "Expect": "banana"})
+            refusal(answer, 417, "expectation_failed")
+            assert "banana" not in answer.text
+            assert answer.headers["Server"] == "tidings"
+        answer = await http.get("/v1/users/alice/unread", headers={**service(), "Expect": "100-continue"})
+        assert answer.json() == {"unread": 0}
 
 
 async def test_credentials(mesh: Mesh) -> None:

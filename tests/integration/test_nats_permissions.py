@@ -127,9 +127,8 @@ def api(*requests: str) -> tuple[str, ...]:
 async def test_nobody_comes_in_without_a_key(server: SecuredNats, login: str) -> None:
     """No anonymous client, no password, no token."""
     url = server.url.replace("//", f"//{login}")
-    with pytest.raises(
-        StreamUnavailable, match=r"^(nobody without credentials|the login in the address) .*authorization violation"
-    ):
+    said = r"^(nobody without credentials|the login in the address) .*authorization violation"
+    with pytest.raises(StreamUnavailable, match=said):
         await connect(Settings(nats_url=url, request_timeout_s=1), "test")
 
 
@@ -137,9 +136,8 @@ async def test_nobody_comes_in_with_a_key_of_their_own(server: SecuredNats, tmp_
     """A key is good because the configuration has it."""
     Keys(tmp_path).make("gateway")
     settings = settings_of(server, "gateway", nats_credentials=str(tmp_path / "gateway.nk"), request_timeout_s=1)
-    with pytest.raises(
-        StreamUnavailable, match=r"^the credentials in .*gateway\.nk are not let in \(authorization violation"
-    ):
+    said = r"^the credentials in .*gateway\.nk are not let in \(authorization violation"
+    with pytest.raises(StreamUnavailable, match=said):
         await connect(settings, "test")
 
 
@@ -174,7 +172,7 @@ async def test_a_publisher_keeps_to_its_users_and_topics(server: SecuredNats) ->
 
 
 async def test_what_a_publisher_may_not_do_is_said(server: SecuredNats, caplog: pytest.LogCaptureFixture) -> None:
-    """The SDK says at the server's word, and not at its deadline, which subject it may not publish to."""
+    """The SDK says at the server's word, not at its deadline, which subject it may not publish to and what to do."""
     before = await messages(server, "TOPICS")
     async with Publisher(settings_of(server, "publisher-bank"), timeout_s=10 * PATIENCE_S) as publisher:
         allowed = asyncio.ensure_future(publisher.publish("alice", "test.made"))

@@ -115,7 +115,7 @@ class _Frame:
 
     async def _handle(self, request: web.Request, handler: WebHandler) -> web.StreamResponse:
         try:
-            _check_path(request)
+            _check_text(request)
             return self._origins.preflight(request) or await handler(request)
         except Exception as error:  # noqa: BLE001 - one place turns every error into an answer, and logs what is new
             return problems.response(problems.as_refusal(error))
@@ -136,8 +136,12 @@ class _Frame:
             log.debug("a client left before its answer: %s", error)
 
 
-def _check_path(request: web.Request) -> None:
-    try:
-        unquote_to_bytes(request.rel_url.raw_path).decode()
-    except UnicodeDecodeError:
-        raise Refused("bad_parameter", "the path is no UTF-8 text behind its %XX", parameter="path") from None
+def _check_text(request: web.Request) -> None:
+    """Refuse what aiohttp would read as U+FFFD; of the line as it came, since yarl encodes that again."""
+    path, _, query = request.raw_path.partition("?")
+    for name, value in (("path", path), ("query", query)):
+        try:
+            # What came as it is, not as %XX, aiohttp holds with surrogates for what is no UTF-8.
+            unquote_to_bytes(value.encode("utf-8", "surrogateescape")).decode()
+        except UnicodeDecodeError:
+            raise Refused("bad_parameter", f"the {name} is no UTF-8 text behind its %XX", parameter=name) from None

@@ -104,7 +104,9 @@ def _known(code: str, otherwise: str) -> str:
 
 
 def of_status(status: int) -> web.Response:
-    """The answer to what is no HTTP, and to what failed outside of every handler."""
+    """The answer to what is no HTTP, to an expectation, and to what failed outside of every handler."""
+    if status == 417:
+        return response(Refused("expectation_failed", "send `Expect: 100-continue`, or no Expect at all"))
     if status < 500:
         return response(Refused("bad_request", "it cannot be read as HTTP/1.1, or a part of it is too long"))
     return response(Refused("internal", "this api agent made a mistake: its log has it"))

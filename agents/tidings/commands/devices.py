@@ -38,13 +38,14 @@ def register(commands: Commands[argparse.ArgumentParser], common: argparse.Argum
 def _listen(args: argparse.Namespace) -> int:
     """Connect as a device of a user, print each notification and acknowledge it, until Ctrl-C."""
     from tidings.dev.state import running
+    from tidings.runtime.address import reachable
     from tidings.wire.subject import escape
 
     settings = load(args)
     escape(args.user)
     mesh = running(args.state) if args.url is None else None
     scheme = "wss" if settings.tls_certificate else "ws"
-    url = args.url or (mesh.ws_url if mesh else f"{scheme}://{settings.host}:{settings.port}/v1/ws")
+    url = args.url or (mesh.ws_url if mesh else f"{scheme}://{reachable(settings.host)}:{settings.port}/v1/ws")
     if args.token is None:
         sign(args, settings, DEFAULT_TTL_S)  # what is wrong with the key or the names is said before anything is tried
     # With the key at hand each connection gets a token of its own: none expires while this listens.

@@ -47,10 +47,7 @@ def register(actions: Commands[argparse.ArgumentParser], common: argparse.Argume
     )
     for option, text in (
         ("--rotate", "make a new key for this role or publisher; the one before is let in until --retire"),
-        (
-            "--retire",
-            "let the key before the last --rotate in no more; with --rotate of the same name: no earlier key at all",
-        ),
+        ("--retire", "let the key before the last --rotate in no more; with --rotate: no earlier key at all"),
         ("--remove", "forget a publisher that is no longer given, and delete its key"),
     ):
         parser.add_argument(option, metavar="NAME", action="append", default=[], help=text)

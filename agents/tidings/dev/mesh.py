@@ -24,6 +24,7 @@ from tidings.fanout.agent import FanoutAgent
 from tidings.gateway.agent import Gateway
 from tidings.inbox.agent import InboxAgent
 from tidings.publish.publisher import Publisher
+from tidings.runtime.address import reachable
 from tidings.runtime.backoff import Backoff
 from tidings.runtime.service import Service, State
 from tidings.runtime.settings import Settings
@@ -319,8 +320,7 @@ def embedded(
 
 
 def _url(host: str, port: int, *, tls: bool) -> str:
-    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+    return f"{'https' if tls else 'http'}://{reachable(host)}:{port}"
 
 
 def _check_port(what: str, host: str, port: int, option: str, others: Mapping[str, tuple[str, int]]) -> None:

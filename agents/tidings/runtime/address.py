@@ -7,7 +7,7 @@ import re
 from typing import Final
 from urllib.parse import urlsplit
 
-__all__ = ["has_login", "has_tls", "is_loopback", "servers", "shown"]
+__all__ = ["has_login", "has_tls", "is_loopback", "reachable", "servers", "shown"]
 
 _LOGIN: Final = re.compile(r"(?<=//)[^/?#]*@|^[^/?#]*@")
 
@@ -36,6 +36,18 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(name).is_loopback
     except ValueError:
         return False
+
+
+def reachable(host: str) -> str:
+    """As in an URL of this machine's own: where all addresses are listened on, the loopback address."""
+    name = host.strip("[]")
+    try:
+        address = ipaddress.ip_address(name or "0.0.0.0")
+    except ValueError:
+        return name
+    if address.is_unspecified:
+        address = ipaddress.ip_address("127.0.0.1" if address.version == 4 else "::1")
+    return f"[{address}]" if address.version == 6 else str(address)
 
 
 def shown(urls: str) -> str:

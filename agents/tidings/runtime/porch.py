@@ -133,10 +133,19 @@ class Stranger(RequestHandler):
         response.force_close()
         return response
 
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        if isinstance(resp, web.HTTPExpectationFailed):
+            # Raised before any handler or middleware is asked, for addresses that are none too.
+            resp = self._refusal(resp.status)
+            resp.headers.setdefault(hdrs.SERVER, _SERVER)
+        return await super().finish_response(request, resp, start_time)
+
 
 class Runner(web.AppRunner):
-    """aiohttp's runner, whose connections come over the porch. `refusal` is the answer to what is no HTTP (400), and
-    to a request that failed beside its handler (500)."""
+    """aiohttp's runner, whose connections come over the porch. `refusal` is the answer to what is no HTTP (400), to
+    what expects something else than 100-continue (417), and to a request that failed beside its handler (500)."""
 
     def __init__(self, app: web.Application, porch: Porch, *, refusal: Refusal = _plainly, **options: Any) -> None:
         log = logging.getLogger("tidings.http")

@@ -115,12 +115,13 @@ class _Transport(TcpTransport):
     ) -> None:
         await super().connect_tls(uri, ssl_context, buffer_size, connect_timeout)
         assert self._io_writer is not None
-        # A connection that is upgraded is not made known to its new protocol: that would ask for what TLS cannot do
-        # when the server goes (to stay half open, which asyncio warns of), and its reader could not hold back a fast
-        # server.
+        # An upgraded connection is not made known to its new protocol: that asks, when the server goes, for what TLS
+        # cannot do (to stay half open, of which asyncio warns), and its reader could not hold back a fast server.
         transport = self._io_writer.transport
-        if not transport.is_closing():
-            transport.get_protocol().connection_made(transport)
+        protocol = transport.get_protocol()
+        # A server that refuses our certificate hangs up at once: reading tells.
+        if protocol is not None:
+            protocol.connection_made(transport)
 
 
 class Connection(Client):

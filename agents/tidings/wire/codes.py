@@ -124,6 +124,7 @@ PROBLEMS: Final = (
     Problem("replay_refused", 409, "the dead letter would come back at once, or names nobody; it is kept", False),
     Problem("body_too_large", 413, "the body is over the limit", False),
     Problem("unsupported_media_type", 415, "the body is not of the type application/json", False),
+    Problem("expectation_failed", 417, "nothing else than 100-continue can be expected", False),
     Problem("invalid_body", 422, "the body is not what this address takes", False),
     Problem("invalid_notification", 422, "an event is no CloudEvents 1.0 event as Tidings carries it", False),
     Problem("schema_violation", 422, "the schema of its type forbids an event", False),
