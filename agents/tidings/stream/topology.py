@@ -27,7 +27,7 @@ from typing import Any, Final
 
 from tidings.runtime.settings import Settings
 from tidings.wire import subject
-from tidings.wire.errors import StreamUnavailable, TopologyMismatch
+from tidings.wire.errors import BadSettings, StreamUnavailable, TopologyMismatch
 from tidings.wire.notification import MAX_BODY_BYTES
 from tidings.wire.position import Position
 
@@ -81,6 +81,7 @@ _MAX_REVOCATIONS: Final = 1_000_000
 _REVOCATIONS_SPARE_S: Final = 3600
 _NOT_FOUND: Final = 404
 _NAME_IN_USE: Final = 10058
+_NO_CLUSTER: Final = 10074
 
 log = logging.getLogger("tidings.topology")
 
@@ -216,12 +217,20 @@ async def plan(connection: Connection, settings: Settings) -> list[Change]:
 
 
 async def apply(connection: Connection, settings: Settings) -> list[Change]:
-    """Make the streams as the settings want them; returns what was changed. Safe when two run at once."""
+    """Make the streams as the settings want them; returns what was changed. Safe when two run at once.
+
+    Raises `BadSettings` where one server is to keep several copies.
+    """
     changes = await plan(connection, settings)
     for change in changes:
         try:
             await connection.api(change.request, change.body)
         except ApiError as error:
+            if error.err_code == _NO_CLUSTER:
+                raise BadSettings(
+                    f"replicas is {settings.replicas}, and this NATS server, which is no cluster, keeps one copy: "
+                    "set TIDINGS_REPLICAS=1, or start a cluster"
+                ) from None
             # Another one made it a moment ago, with its own incarnation: that one stands.
             if error.err_code != _NAME_IN_USE:
                 raise
