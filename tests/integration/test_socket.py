@@ -596,16 +596,19 @@ async def congest(server: Server) -> tuple[Client, Echo, Socket, int]:
     socket, count = echo.socket, 0
     assert not socket.congested()
 
+    quiet = 0
+
     def full() -> bool:
-        nonlocal count
+        nonlocal count, quiet
         before = count
         while not socket.congested():
             socket.send(b"x" * 1_000)
             count += 1
             assert count < 100_000, "the socket takes everything"
-        return count == before
+        quiet = quiet + 1 if count == before else 0
+        return quiet == 10
 
-    # The kernel moves a little more to the other end after it has refused for the first time.
+    # Kernel and TLS move more to the other end after they have refused for the first time.
     await until(full, "nothing moves any more")
     return client, echo, socket, count
 
