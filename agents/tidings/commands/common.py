@@ -41,10 +41,6 @@ DEFAULT_STATE: Final = Path(".tidings")
 _UNITS: Final = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
 _FORCED: Final = 130
 _PROBES: Final = 16
-_SWITCH_S: Final = 0.0005
-"""A thread that builds rows of the store keeps the event loop from the interpreter for so long at a time, instead of
-5 ms: with a hundred clients who ask for pages as fast as they can, the others' p99 was 232 ms with that, and 62 with
-this (``--suite hostile``)."""
 _Result = TypeVar("_Result")
 
 
@@ -142,7 +138,6 @@ async def serve(service: Service, started: Callable[[], None] | None = None) -> 
     Raises what made the start fail, or `TidingsError` when the service dies later.
     """
     relax()
-    sys.setswitchinterval(_SWITCH_S)
     told = asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGINT, _on_ctrl_c, told)
