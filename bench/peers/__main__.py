@@ -46,6 +46,7 @@ _QUICK: Final[dict[str, Any]] = {
     "away_s": 0.5,
     "deploy_s": 4.0,
     "growth": (50, 100),
+    "simulated": (150,),
     "growth_rate": 50,
     "growth_s": 1.0,
     "repeats": 1,
@@ -138,7 +139,7 @@ def _peer_versions(programs: Programs) -> dict[str, str]:
 
 def _markdown(result: dict[str, Any], plan: Plan) -> str:
     host, figures = result["machine"], result["figures"]
-    wanted = report.lines(plan.rates, plan.growth)
+    wanted = report.lines(plan.rates, (*plan.growth, *plan.simulated))
     pinned = "servers on one core, load on the other" if plan.cores.servers else "not pinned to cores"
     left_out = "".join(f"\n\nNot measured: {peer} ({why})." for peer, why in result["absent"].items())
     lost = "\n".join(report.losses(figures, wanted)) or "Nowhere in this run."
@@ -176,7 +177,7 @@ def _run() -> int:
     text = _markdown(result, plan)
     print(text)
     if args.write:
-        report.plot(figures, plan.growth, _PLOT)
+        report.plot(figures, (*plan.growth, *plan.simulated), _PLOT)
         readme.write(text, _BEGIN, _END)
     return 0
 

@@ -15,14 +15,17 @@ from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 from bench.host import BenchFailed, Cores, Mesh, end_process, free_port, running_mesh
-from bench.publisher import Order
+from bench.publisher import Order, user_of
 from bench.system import cpu_s, idle_s, memory, on_cores
 from tidings.runtime.settings import Settings
+from tidings.stream import consumers, topology
+from tidings.wire import subject
 
 from .dialects import SHARED_TOPIC
 from .http_publisher import HttpOrder
@@ -33,6 +36,7 @@ _START_S: Final = 60.0
 _HERE: Final = Path(__file__).parent
 _PATIENCE_S: Final = 30.0
 _PARTITIONS: Final = 64
+_AT_ONCE: Final = 64
 
 
 class Missing(BenchFailed):
@@ -93,6 +97,11 @@ class Server(ABC):
     async def publish(self, load: Load) -> dict[str, Any]:
         """Publish from a process of its own; returns its report."""
 
+    async def simulate(self, first: int, count: int) -> bool:
+        """Have so many further devices that only the server knows, without a socket; False where there is no such."""
+        del first, count
+        return False
+
     @property
     @abstractmethod
     def front(self) -> str:
@@ -140,6 +149,7 @@ class Tidings(Server):
 
     dialect = "tidings"
     inbox = True
+    _pulls: str | None = None
 
     async def start(self, devices: int) -> None:
         followers = {SHARED_TOPIC: (f"bench-{number}" for number in range(devices))}
@@ -171,6 +181,36 @@ class Tidings(Server):
         return await self._mesh.order(
             Order(self._mesh.nats_port, load.run, load.count, load.rate, 0, load.devices, load.size, True, where)
         )
+
+    async def simulate(self, first: int, count: int) -> bool:
+        """The consumers of so many sessions, each with its pull out, as a gateway elsewhere has them."""
+        connection, settings = self._mesh.connection, Settings()
+        if self._pulls is None:
+            self._pulls = connection.new_inbox()
+            await connection.listen(self._pulls, _ignore)
+        pulls = self._pulls
+        waiting = iter(range(first, first + count))
+
+        async def create() -> None:
+            for number in waiting:
+                token = subject.escape(user_of(number))
+                partition, name = subject.partition(token, _PARTITIONS), f"simulated-{number}"
+                await consumers.create_session(
+                    connection,
+                    partition,
+                    name,
+                    token,
+                    start=None,
+                    start_time=datetime.now(UTC),
+                    window=settings.window,
+                    ack_wait_s=settings.ack_wait_s,
+                    idle_s=3600,
+                )
+                where = f"$JS.API.CONSUMER.MSG.NEXT.{topology.notify_stream(partition)}.{name}"
+                connection.send(where, b'{"batch":64,"expires":3600000000000}', pulls)
+
+        await asyncio.gather(*(create() for _ in range(_AT_ONCE)))
+        return True
 
     def cpu(self) -> dict[str, float]:
         return self._mesh.cpu()
@@ -341,6 +381,10 @@ PEERS: Final[dict[str, type[Server]]] = {
     "socketio": SocketIO,
     "python-socketio": PythonSocketIO,
 }
+
+
+def _ignore(where: bytes, reply: bytes, header: bytes | None, body: bytes) -> None:
+    """Nobody publishes to a simulated device."""
 
 
 async def _listens(port: int) -> bool:

@@ -51,6 +51,8 @@ class Plan:
     """Of the stream in the middle of which the server is restarted."""
     growth: tuple[int, ...] = (1000, 5000, 15_000)
     """Connected devices at which the growth is looked at."""
+    simulated: tuple[int, ...] = (30_000, 50_000)
+    """The growth goes on to so many devices, without sockets, where a peer's server can be told of such."""
     growth_rate: int = 500
     growth_s: float = 6.0
     size: int = 240
@@ -243,20 +245,31 @@ class Trial:
         before = await self.rest()
         for size in plan.growth:
             answer = await self.connect(connected, size - connected, shared=False)
-            after = await self.rest()
-            fresh, connected = size - connected, size
-            grown = sum(after.values()) - sum(before.values())
-            self.figures[f"growth_kb@{size}"], before = grown / fresh, after
-            self.figures[f"growth_connects_per_s@{size}"] = fresh / answer["seconds"]
-            count = max(1, int(plan.growth_rate * plan.growth_s))
-            span = Span(self.server)
-            got = await self.publish(count, plan.growth_rate, size, shared=False)
-            await asyncio.sleep(_TAIL_S)
-            used, _ = span.end()
-            self.figures[f"growth_us@{size}"] = 1e6 * sum(used.values()) / max(1, got["received"])
-            self.figures[f"growth_p99_ms@{size}"] = got["p99_ms"]
-            self.figures[f"growth_received_percent@{size}"] = 100 * got["received"] / max(1, got["due"])
-            self._say(f"{size} devices: {grown / fresh:.1f} KB each, p99 {got['p99_ms']:.1f} ms")
+            self.figures[f"growth_connects_per_s@{size}"] = (size - connected) / answer["seconds"]
+            before = await self._grown(size, size - connected, before, size)
+            connected = size
+        real = connected
+        for size in plan.simulated:
+            if not await self.server.simulate(connected, size - connected):
+                break
+            before = await self._grown(size, size - connected, before, real)
+            connected = size
+
+    async def _grown(self, size: int, fresh: int, before: dict[str, int], real: int) -> dict[str, int]:
+        """Measure at this size, with notifications to the `real` devices; the memory then."""
+        plan = self.plan
+        after = await self.rest()
+        grown = sum(after.values()) - sum(before.values())
+        self.figures[f"growth_kb@{size}"] = grown / fresh
+        span = Span(self.server)
+        got = await self.publish(max(1, int(plan.growth_rate * plan.growth_s)), plan.growth_rate, real, shared=False)
+        await asyncio.sleep(_TAIL_S)
+        used, _ = span.end()
+        self.figures[f"growth_us@{size}"] = 1e6 * sum(used.values()) / max(1, got["received"])
+        self.figures[f"growth_p99_ms@{size}"] = got["p99_ms"]
+        self.figures[f"growth_received_percent@{size}"] = 100 * got["received"] / max(1, got["due"])
+        self._say(f"{size} devices: {grown / fresh:.1f} KB each, p99 {got['p99_ms']:.1f} ms")
+        return after
 
 
 def _swapped(span: Span, deliveries: int) -> tuple[dict[str, float], int, float]:
