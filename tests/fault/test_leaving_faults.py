@@ -8,6 +8,7 @@ import signal
 import sqlite3
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, closing
+from pathlib import Path
 from typing import Final
 
 import aiohttp
@@ -180,10 +181,16 @@ async def test_leaving_while_the_store_is_locked(mesh: Mesh) -> None:
         await all_came(mesh, devices)
 
 
+def knocking(port: int) -> int:
+    """Connections to a port of this machine that are open, accepted by its server or not yet; see proc_net_tcp(5)."""
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return sum(row[1].endswith(f":{port:04X}") and row[3] == "01" for row in rows)
+
+
 async def test_all_back_at_once(mesh: Mesh) -> None:
-    """150 devices of a killed gateway at the door of one that starts two at a time: told when to come, and served."""
+    """150 devices of a killed gateway at the door of one that starts one at a time: told when to come, and served."""
     first = await mesh.gateway()
-    small = await mesh.gateway(consumer_starts=2, api_requests=2, start_wait_s=0.1)
+    small = await mesh.gateway(consumer_starts=1, api_requests=1, start_wait_s=0.1)
     await mesh.inbox()
     ports = [first.port]
     async with crowd(150, lambda: ports[0]) as devices:
