@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import json
-import sys
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, cast
 
 import uvloop
 
+from bench.orders import obey
 from tidings.gateway.socket import encode
 
 __all__ = ["Writer"]
@@ -67,11 +66,7 @@ class Writer:
 async def _main() -> None:
     writer = Writer()
     orders: dict[str, Callable[..., Awaitable[dict[str, Any]]]] = {"open": writer.open, "write": writer.write}
-    reader = asyncio.StreamReader()
-    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-    async for line in reader:
-        order = json.loads(line)
-        print(json.dumps(await orders[order.pop("do")](**order)), flush=True)
+    await obey(orders)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ __all__ = [
     "end_process",
     "free_port",
     "pick_cores",
+    "publish_from",
     "running_mesh",
     "start_worker",
 ]
@@ -123,6 +124,17 @@ async def start_worker(module: str, cores: frozenset[int]) -> Worker:
             sys.executable, "-m", f"bench.{module}", stdin=PIPE, stdout=PIPE, limit=_LINE_BYTES
         )
     return Worker(process)
+
+
+async def publish_from(module: str, order: dict[str, Any], cores: frozenset[int]) -> dict[str, Any]:
+    """Publish from a process of its own, a module of the benchmark that takes one order; returns its report."""
+    with on_cores(cores):
+        process = await asyncio.create_subprocess_exec(sys.executable, "-m", f"bench.{module}", stdin=PIPE, stdout=PIPE)
+    output, _ = await process.communicate(json.dumps(order).encode())
+    if process.returncode != 0:
+        raise BenchFailed(f"the publisher ended with {process.returncode}")
+    answer: dict[str, Any] = json.loads(output)
+    return answer
 
 
 class Mesh:
@@ -336,15 +348,7 @@ class Mesh:
 
     async def order(self, order: Order) -> dict[str, Any]:
         """Publish from a process of its own; returns its report."""
-        with on_cores(self._cores.load):
-            process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "bench.publisher", stdin=PIPE, stdout=PIPE
-            )
-        output, _ = await process.communicate(json.dumps(asdict(order)).encode())
-        if process.returncode != 0:
-            raise BenchFailed(f"the publisher ended with {process.returncode}")
-        answer: dict[str, Any] = json.loads(output)
-        return answer
+        return await publish_from("publisher", asdict(order), self._cores.load)
 
     async def unsettled(self, patience_s: float = _SETTLE_S) -> int:
         """Messages that a consumer, a device's or the inbox agents', still owes or was not told to be done.

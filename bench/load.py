@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import json
 import random
-import sys
 import time
 from array import array
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 import orjson
 import uvloop
 
+from bench.orders import obey, side_by_side
 from bench.publisher import EVERYBODY, own_cpu_s, user_of
 from bench.raw_socket import CLOSE, WebSocket, client_frame, upgrade_request
 from bench.returning import Attempt, Returning
@@ -245,7 +244,7 @@ class Fleet:
         waits = array("d")
         problems: list[str] = []
         start = time.monotonic()
-        await _side_by_side(numbers, at_once, lambda number: self._connect(number, waits, problems))
+        await side_by_side(numbers, at_once, lambda number: self._connect(number, waits, problems))
         seconds = time.monotonic() - start
         # Devices live until they leave: no need to look at them again and again for garbage.
         gc.freeze()
@@ -273,7 +272,7 @@ class Fleet:
     async def leave(self, first: int, count: int, at_once: int, goodbye: bool) -> dict[str, Any]:
         """Close connections: with a goodbye (1000), or by cutting TCP, as a dying network does."""
         leaving = [number for number in range(first, first + count) if number in self.devices]
-        await _side_by_side(leaving, at_once, lambda number: self._leave(number, goodbye))
+        await side_by_side(leaving, at_once, lambda number: self._leave(number, goodbye))
         return {"left": len(leaving)}
 
     async def _leave(self, number: int, goodbye: bool) -> None:
@@ -339,7 +338,7 @@ class Fleet:
             transport, _protocol = await loop.create_connection(asyncio.Protocol, "127.0.0.1", port)
             self.listening.append(transport)
 
-        await _side_by_side(range(count), 64, one)
+        await side_by_side(range(count), 64, one)
         gc.freeze()
         return {"connected": count}
 
@@ -369,16 +368,6 @@ class Fleet:
         return sum(1 for number, copies in enumerate(self.copies) if not copies and number not in doubtful)
 
 
-async def _side_by_side(numbers: range | list[int], at_once: int, action: Callable[[int], Awaitable[None]]) -> None:
-    waiting: Iterator[int] = iter(numbers)
-
-    async def work() -> None:
-        for number in waiting:
-            await action(number)
-
-    await asyncio.gather(*(work() for _ in range(at_once)))
-
-
 def quantile(values: Any, share: float) -> float:
     """The value below which this share of all lies; 0 of none."""
     ordered = sorted(values)
@@ -401,12 +390,7 @@ async def _main() -> None:
         "come_back": fleet.come_back,
         "returned": fleet.returned,
     }
-    reader = asyncio.StreamReader(limit=2**24)
-    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-    async for line in reader:
-        order = json.loads(line)
-        answer = await orders[order.pop("do")](**order)
-        print(json.dumps(answer), flush=True)
+    await obey(orders)
 
 
 if __name__ == "__main__":

@@ -7,15 +7,14 @@ good ones wait for is the gateway. None heeds a `bye`: who is closed comes back 
 from __future__ import annotations
 
 import asyncio
-import json
 import os
-import sys
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 import orjson
 import uvloop
 
+from bench.orders import obey
 from bench.raw_socket import CLOSE, client_frame, upgrade_request
 from tidings.identity import issue
 from tidings.wire.frames import SUBPROTOCOL
@@ -127,11 +126,7 @@ async def _main() -> None:
         "attack": gang.attack,
         "stop": gang.stop,
     }
-    reader = asyncio.StreamReader(limit=2**24)
-    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-    async for line in reader:
-        order = json.loads(line)
-        print(json.dumps(await orders[order.pop("do")](**order)), flush=True)
+    await obey(orders)
 
 
 if __name__ == "__main__":

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import json
 import random
-import sys
 import time
 from array import array
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 import uvloop
 
 from bench.load import quantile
+from bench.orders import obey, side_by_side
 from bench.peers.dialects import DIALECTS, Dialect, Place
 from bench.publisher import EVERYBODY
 from bench.raw_socket import WebSocket, client_frame
@@ -197,7 +196,7 @@ class Fleet:
                 waits.append(time.monotonic() - began)
 
         began = time.monotonic()
-        await _side_by_side(range(first, first + count), at_once, one)
+        await side_by_side(range(first, first + count), at_once, one)
         gc.freeze()
         return {
             "connected": len(waits),
@@ -328,16 +327,6 @@ class Fleet:
         return {}
 
 
-async def _side_by_side(numbers: Iterable[int], at_once: int, action: Callable[[int], Awaitable[None]]) -> None:
-    waiting: Iterator[int] = iter(numbers)
-
-    async def work() -> None:
-        for number in waiting:
-            await action(number)
-
-    await asyncio.gather(*(work() for _ in range(at_once)))
-
-
 async def _main() -> None:
     fleet = Fleet()
     orders: dict[str, Callable[..., Awaitable[dict[str, Any]]]] = {
@@ -352,12 +341,7 @@ async def _main() -> None:
         "jitter": fleet.jitter,
         "calm": fleet.calm,
     }
-    reader = asyncio.StreamReader(limit=2**24)
-    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-    async for line in reader:
-        order = json.loads(line)
-        answer = await orders[order.pop("do")](**order)
-        print(json.dumps(answer), flush=True)
+    await obey(orders)
 
 
 if __name__ == "__main__":

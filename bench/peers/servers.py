@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 from abc import ABC, abstractmethod
-from asyncio.subprocess import PIPE, Process
+from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass
@@ -20,7 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
-from bench.host import BenchFailed, Cores, Mesh, end_process, free_port, running_mesh
+from bench.host import BenchFailed, Cores, Mesh, end_process, free_port, publish_from, running_mesh
 from bench.publisher import Order, user_of
 from bench.system import cpu_s, idle_s, memory, on_cores
 from tidings.runtime.settings import Settings
@@ -243,15 +243,7 @@ class _OverHttp(Server):
             self.prefix,
             _PATIENCE_S,
         )
-        with on_cores(self._cores.load):
-            process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "bench.peers.http_publisher", stdin=PIPE, stdout=PIPE
-            )
-        output, _ = await process.communicate(json.dumps(asdict(order)).encode())
-        if process.returncode != 0:
-            raise BenchFailed(f"the publisher ended with {process.returncode}")
-        report: dict[str, Any] = json.loads(output)
-        return report
+        return await publish_from("peers.http_publisher", asdict(order), self._cores.load)
 
     async def restart(self) -> None:
         await self._end(self.front)
